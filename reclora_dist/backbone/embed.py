@@ -1,0 +1,66 @@
+"""Item texts to vectors: mean pooling, then PCA fitted on training items, then unit length for the cosine."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModel
+
+from reclora_dist.backbone.load import load_tokenizer, mean_pool
+
+Array = npt.NDArray[np.float32]
+
+
+class TextEncoder:
+    """A transformers model that turns texts into vectors."""
+
+    def __init__(self, path: str, max_tokens: int) -> None:
+        self.tokenizer = load_tokenizer(path)
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+        self.max_tokens = max_tokens
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Array:
+        """Mean-pooled last hidden states, float32 [texts, width]."""
+        device = self.model.device
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(device)
+        hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        pooled: Array = mean_pool(hidden, batch["attention_mask"]).cpu().numpy()
+        return pooled
+
+
+def reduce(vectors: Array, fit_rows: npt.NDArray[np.bool_], dimension: int) -> Array:
+    """Centre, project on the leading principal components of ``vectors[fit_rows]``, scale to unit length.
+
+    Args:
+        vectors: float32 [items, width].
+        fit_rows: bool [items]; the other items are projected but have no say in the projection.
+        dimension: components; 0, or more than there are, keeps all directions.
+
+    Raises:
+        ValueError: no row to fit on.
+    """
+    if not fit_rows.any():
+        raise ValueError("no item has a training event, so there is nothing to fit the PCA on; check the split")
+    mean = vectors[fit_rows].mean(axis=0)
+    centred = vectors - mean
+    if 0 < dimension < vectors.shape[1]:
+        basis = _components(centred[fit_rows], dimension)
+        centred = centred @ basis
+    norm = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit: Array = (centred / np.maximum(norm, 1e-12)).astype(np.float32)
+    return unit
+
+
+def _components(rows: Array, dimension: int) -> Array:
+    """Leading eigenvectors of the covariance [width, dimension], signs fixed so that runs agree."""
+    _, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)
+    basis = vectors[:, ::-1][:, :dimension]
+    signs = np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])])
+    components: Array = (basis * signs).astype(np.float32)
+    return components

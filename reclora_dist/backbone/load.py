@@ -1,0 +1,104 @@
+"""Any transformers causal LM or encoder as a yes/no scorer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from reclora_dist.config.schema import BackboneConfig
+
+logging.disable_progress_bar()
+
+
+class Backbone(nn.Module):
+    """A language model that returns the logits of (no, yes).
+
+    Causal: the hidden state at the last position times two rows of the LM head; the rest of the vocabulary is never
+    computed. Encoder: the mean of the hidden states through a two-class head, which is trained.
+    """
+
+    answers: Tensor | None
+
+    def __init__(self, model: nn.Module, answers: Tensor | None, width: int) -> None:
+        """Args: answers: the head's rows of the two answer tokens [2, width]; None for an encoder."""
+        super().__init__()
+        self.model = model
+        self.register_buffer("answers", answers, persistent=False)
+        self.head = None if answers is not None else nn.Linear(width, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
+        """Logits [batch, 2] in float32.
+
+        Args:
+            input_ids: int64 [batch, length], right-padded.
+            attention_mask: int64 [batch, length].
+            last: int64 [batch], position of each row's last token.
+        """
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options()).last_hidden_state
+        if self.head is None:
+            assert self.answers is not None
+            return F.linear(hidden[torch.arange(len(last), device=last.device), last], self.answers).float()
+        logits: Tensor = self.head(mean_pool(hidden, attention_mask).float())
+        return logits
+
+    def _options(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.head is None else {}
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of the hidden states over the real tokens: [batch, length, width] -> [batch, width]."""
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def load_backbone(config: BackboneConfig, path: str) -> Backbone:
+    """Load the model at ``path`` (a folder or a hub id) without its unused head.
+
+    Raises:
+        ValueError: the folder is missing, or an answer is not one token.
+    """
+    _check(path)
+    dtype = getattr(torch, config.dtype)
+    torch.manual_seed(config.seed)  # an encoder's two-class head starts from here
+    if config.kind == "encoder":
+        encoder = AutoModel.from_pretrained(path, dtype=dtype)
+        return Backbone(encoder, None, encoder.config.hidden_size)
+    causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
+    return Backbone(causal.get_decoder(), rows, causal.config.hidden_size)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer at ``path``.
+
+    Raises:
+        ValueError: the folder is missing or has no tokenizer.json.
+    """
+    _check(path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, str]) -> list[int]:
+    """The token that starts each answer.
+
+    Raises:
+        ValueError: the two answers start with the same token, so their logits could not differ.
+    """
+    first = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in answers]
+    ids = [next((i for i in tokens if tokenizer.decode([i]).strip()), tokens[0]) for tokens in first]
+    if ids[0] == ids[1]:
+        raise ValueError(
+            f"backbone.answers {answers!r} start with the same token {ids[0]}; choose words that differ there"
+        )
+    return ids
+
+
+def _check(path: str) -> None:
+    local = Path(path).expanduser()
+    if not path or ((local.is_absolute() or path.startswith(".")) and not (local / "config.json").exists()):
+        raise ValueError(f"backbone.path {path!r} is not a model folder: no config.json there")

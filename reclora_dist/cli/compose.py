@@ -1,0 +1,63 @@
+"""From the command line to a ``Config``: Hydra composes, the dataclasses check, and Hydra ends here."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from reclora_dist.config.load import build
+from reclora_dist.config.schema import Config
+
+# What no file of configs/ sets is the dataclasses' default; the shipped files show only what they change.
+ConfigStore.instance().store("defaults", dataclasses.asdict(Config()))
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def command(run: Callable[[Config], None]) -> Callable[[], None]:
+    """Make a command line program of ``run``: overrides as arguments, one clear line for what the user can mend."""
+
+    def entry(composed: DictConfig) -> None:
+        try:
+            run(to_config(composed))
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    wrapped: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(entry)
+
+    def main() -> None:
+        sys.argv[1:] = [lenient(argument) for argument in sys.argv[1:]]
+        wrapped()
+
+    main.__doc__ = run.__doc__
+    return main
+
+
+def lenient(argument: str) -> str:
+    """Let an override pass Hydra even if its key is unknown: ``build`` says what was meant, Hydra would not."""
+    key, sign, _ = argument.partition("=")
+    is_setting = sign and key[:1] not in "+~-" and not key.startswith("hydra") and not (CONFIGS / key).is_dir()
+    return f"++{argument}" if is_setting else argument
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Resolve a composed configuration into dataclasses.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type.
+    """
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    return build(Config, values)
+
+
+def load(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that these command line arguments give; for tests and notebooks."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return to_config(compose("config", [lenient(argument) for argument in overrides]))

@@ -1,0 +1,296 @@
+"""Every setting of the project: frozen dataclasses, one per component, each field with its documentation.
+
+Plain standard library, so that Spark executors and pure modules can import it. ``config.load`` fills and checks them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+def knob(default: Any, text: str) -> Any:
+    """A dataclass field with a default and a sentence of documentation."""
+    if isinstance(default, dict | list) or callable(default):
+        return field(default_factory=default if callable(default) else lambda: default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+class Section:
+    """Base of all sections: an unknown key is an error (read by pydantic)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class SynthesiseConfig(Section):
+    """The generated log of the demo: planted personal tastes, drift and item text."""
+
+    users: int = knob(1500, "number of users")
+    items: int = knob(1000, "number of items")
+    events_per_user: int = knob(60, "mean number of events per user (power law)")
+    days: int = knob(60, "days the log spans")
+    topics: int = knob(12, "topics that an item's text names")
+    styles: int = knob(6, "hidden styles of items that no text names; only who liked what shows them")
+    drift: float = knob(0.3, "share of a user's taste that moves from the first day to the last")
+    noise: float = knob(0.5, "standard deviation of the noise on the logit of liking")
+    seed: int = knob(0, "seed of the generator")
+
+
+@dataclass(frozen=True)
+class SourceConfig(Section):
+    """Where the raw log lies and how its columns are named."""
+
+    kind: Literal["movielens_1m", "movielens_100k", "movielens_25m", "goodreads", "columns"] = knob(
+        "columns", "layout of the raw log; `columns` takes any CSV, JSON-lines or Parquet by the mapping below"
+    )
+    path: str = knob("", "folder or URI of the raw log")
+    format: Literal["csv", "json", "parquet"] = knob("parquet", "file format of a `columns` source")
+    events: str = knob("events", "events file or folder, below path")
+    items: str = knob("items", "items file or folder, below path; empty: items have only their id")
+    users: str = knob("", "users file or folder, below path; empty: users have only their id")
+    user: str = knob("user_id", "user id column (events and users)")
+    item: str = knob("item_id", "item id column (events and items)")
+    time: str = knob("timestamp", "event time column; empty: file order is the order")
+    time_unit: Literal["s", "ms"] = knob("s", "unit of a numeric event time")
+    rating: str = knob("rating", "rating or feedback column (a click column of 0 and 1 works)")
+    title: str = knob("title", "item title column")
+    item_fields: tuple[str, ...] = knob((), "categorical item columns")
+    user_fields: tuple[str, ...] = knob((), "categorical user columns")
+
+
+@dataclass(frozen=True)
+class EventsConfig(Section):
+    """Raw logs to canonical events: label rule, k-core, split, quarantine."""
+
+    source: SourceConfig = knob(SourceConfig, "the raw log")
+    like_at_least: float = knob(4.0, "a rating of at least this is a like (label 1)")
+    rating_levels: tuple[float, ...] = knob((), "the rating scale; empty: the distinct ratings found (64 at most)")
+    k_core: int = knob(5, "keep users and items with at least this many events, repeatedly; 0: keep all")
+    min_history: int = knob(5, "an event with fewer earlier events of its user is history, never a sample")
+    split: Literal["global_time", "per_user"] = knob(
+        "global_time", "cut all samples at two moments, or each user's samples at two places"
+    )
+    fractions: tuple[float, float, float] = knob((0.8, 0.1, 0.1), "shares of training, validation and test samples")
+    max_quarantined: float = knob(0.5, "fail if more than this share of the rows is bad")
+    item_text: str = knob(
+        "Here is an item. Its title is {title}.", "text that is embedded; {title} and item field names are filled in"
+    )
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(Section):
+    """Which events of a user a sample gets to see; all of them lie strictly before the sample's time."""
+
+    strategy: Literal["semantic", "recent"] = knob("semantic", "most similar to the target item, or the newest")
+    long: int = knob(60, "history length of the CRM (ids)")
+    short: int = knob(10, "history length of the language model (text)")
+    block: int = knob(512, "targets per matrix product; bounds the memory of one step")
+
+
+@dataclass(frozen=True)
+class ShardsConfig(Section):
+    """How samples become training files, and which of them the language model gets."""
+
+    rows_per_file: int = knob(200_000, "rows per Parquet file, about")
+    rows_per_group: int = knob(20_000, "rows per row group, at most")
+    text_train: float = knob(0.08, "language-model training samples: a share up to 1, or a number above 1")
+    text_validation: float = knob(2000, "language-model validation samples: a share or a number")
+    text_test: float = knob(4000, "language-model test samples: a share or a number")
+    seed: int = knob(0, "seed of the row order and of the text samples")
+
+
+@dataclass(frozen=True)
+class SparkConfig(Section):
+    """How the pipeline starts its Spark jobs."""
+
+    master: str = knob("local[*]", "Spark master URL")
+    conf: dict[str, str] = knob(dict, "further Spark properties, as with `spark-submit --conf`")
+    driver_memory: str = knob("1g", "memory of the driver (with a local master: of all of Spark's JVM)")
+    shuffle_partitions: int = knob(8, "partitions of a shuffle; about 3 per core of the cluster")
+
+
+@dataclass(frozen=True)
+class TinyConfig(Section):
+    """The embedded default backbone: a small LLaMA trained here on the item texts and histories."""
+
+    hidden: int = knob(96, "hidden size")
+    layers: int = knob(3, "layers")
+    heads: int = knob(4, "attention heads")
+    vocabulary: int = knob(1500, "tokenizer entries, at most")
+    steps: int = knob(300, "pretraining steps")
+    batch_size: int = knob(32, "sequences per pretraining step")
+    sequence: int = knob(128, "tokens per pretraining sequence")
+    lr: float = knob(3e-3, "peak learning rate of the pretraining")
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Section):
+    """The language model under the adapters."""
+
+    kind: Literal["tiny", "causal", "encoder"] = knob(
+        "tiny", "tiny: trained by the `backbone` stage; causal or encoder: any transformers model"
+    )
+    path: str = knob("", "local folder or hub id of the model; empty for tiny")
+    dtype: Literal["float32", "bfloat16"] = knob("float32", "type of the frozen weights")
+    targets: tuple[str, ...] = knob(("q_proj", "v_proj"), "names of the Linear layers that get an adapter")
+    top_layers: int = knob(0, "adapt only the last n layers; 0: all")
+    answers: tuple[str, str] = knob(("No", "Yes"), "answer words of a causal model, for label 0 and 1")
+    tiny: TinyConfig = knob(TinyConfig, "the embedded model, if kind is tiny")
+    seed: int = knob(0, "seed of everything that is initialised here")
+
+
+@dataclass(frozen=True)
+class PromptConfig(Section):
+    """How a sample is worded. Field names in braces are filled in; pure ids stay out."""
+
+    profile: str = knob("", "opening line; user field names in braces, e.g. 'The user is a {gender}.'")
+    history: str = knob("The user rated these items in the past, oldest first:", "line before the history")
+    event: str = knob(" {title} ({rating} stars);", "one event of the history")
+    question: str = knob(" Will the user like {title}?", "the question about the target item")
+    answer: str = knob(" Answer Yes or No:", "last words of a causal model's prompt")
+    max_tokens: int = knob(256, "the oldest events are left out of longer prompts")
+
+
+@dataclass(frozen=True)
+class EmbedConfig(Section):
+    """Item text to vectors."""
+
+    path: str = knob("", "encoder folder or hub id; empty: the backbone itself")
+    dimension: int = knob(64, "PCA components, fitted on items with training events; 0: no PCA")
+    batch_size: int = knob(64, "texts per forward pass")
+    max_tokens: int = knob(64, "longer texts are cut")
+
+
+@dataclass(frozen=True)
+class CrmConfig(Section):
+    """SIM: DIN's attention over the retrieved history."""
+
+    embedding: int = knob(16, "width of an embedding")
+    attention: tuple[int, ...] = knob((64, 32), "hidden widths of the attention MLP")
+    dnn: tuple[int, ...] = knob((256, 256, 256), "hidden widths of the DNN; the last is the state that gates read")
+    dropout: float = knob(0.1, "dropout of the DNN")
+    embedding_dropout: float = knob(0.1, "dropout of the embeddings")
+    user_id: bool = knob(False, "embed the user's id (useless where test users are new)")
+    statistics: bool = knob(True, "read the running statistics of item and user")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """One training run."""
+
+    batch_size: int = knob(1024, "samples per optimiser step, over all workers")
+    micro_batch: int = knob(0, "samples per forward pass of a worker; 0: batch_size over workers at once")
+    epochs: int = knob(1, "passes over the training split")
+    lr: float = knob(2e-3, "peak learning rate")
+    bank_lr: float = knob(0.0, "peak learning rate of the meta-LoRAs; 0: lr")
+    gate_lr: float = knob(0.0, "peak learning rate of the gates; 0: lr")
+    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
+    warmup: float = knob(0.02, "share of the steps with rising learning rate")
+    final_lr: float = knob(0.1, "learning rate at the last step, as a share of the peak (linear decay)")
+    clip: float = knob(1.0, "largest gradient norm; 0: unbounded")
+    checkpoint_every: int = knob(200, "steps between checkpoints")
+    validate_every: int = knob(0, "steps between validations; 0: once per epoch")
+    log_every: int = knob(20, "steps between log lines and metrics")
+    seed: int = knob(0, "seed of initialisation, order and dropout")
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """A bank of meta-LoRAs and its gate; plain LoRA is experts=1 with gate=none."""
+
+    experts: int = knob(16, "meta-LoRAs per matrix (K)")
+    rank: int = knob(8, "rank of each (in `outputs` mode: split over the experts)")
+    alpha: float = knob(16.0, "scale: the update is multiplied by alpha / rank")
+    dropout: float = knob(0.0, "dropout of the adapter's input")
+    mode: Literal["weights", "outputs"] = knob("weights", "mix A and B (RecLoRA), or the experts' outputs (iLoRA)")
+    gate: Literal["crm", "uniform", "none"] = knob("crm", "who sets the mixture: the CRM's state, all equal, nobody")
+    temperature: float = knob(5.0, "divides the gate's logits")
+    gate_hidden: int = knob(60, "hidden width of a gate")
+    gate_dropout: float = knob(0.1, "dropout of a gate's hidden layer")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """The optimiser engine of the fine-tuning."""
+
+    kind: Literal["deepspeed", "torch"] = knob("deepspeed", "DeepSpeed ZeRO, or plain torch with DDP")
+    zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage; 2 while the frozen base fits one device")
+
+
+@dataclass(frozen=True)
+class RayConfig(Section):
+    """The cluster and the workers of a training run."""
+
+    address: str = knob("", "address of a running cluster; empty: RAY_ADDRESS, else a cluster for this process")
+    workers: int = knob(2, "training workers; 0: in this process, without Ray (for debugging)")
+    cpus_per_worker: float = knob(1, "CPUs reserved per worker")
+    gpus_per_worker: float = knob(0, "GPUs reserved per worker")
+    threads: int = knob(1, "torch threads per worker")
+    metrics_port: int = knob(0, "port of the node's Prometheus endpoint, for a cluster started here; 0: any free")
+    object_store_mib: int = knob(256, "object store of a cluster started here, MiB")
+
+
+@dataclass(frozen=True)
+class ReaderConfig(Section):
+    """How training reads shards."""
+
+    kind: Literal["arrow", "petastorm"] = knob("arrow", "row-group reader")
+    prefetch: int = knob(2, "row groups read ahead")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Section):
+    """Metrics and their intervals."""
+
+    batch_size: int = knob(256, "samples per forward pass")
+    bootstrap: int = knob(1000, "bootstrap resamples of users")
+    calibration_bins: int = knob(15, "bins of the expected calibration error")
+    seed: int = knob(0, "seed of the resamples")
+
+
+@dataclass(frozen=True)
+class ServeConfig(Section):
+    """The scoring service."""
+
+    host: str = knob("127.0.0.1", "address of the HTTP endpoint")
+    port: int = knob(8000, "port of the HTTP endpoint")
+    replicas: int = knob(1, "model replicas")
+    max_batch: int = knob(64, "requests scored together, at most")
+    batch_wait_ms: float = knob(5.0, "how long a request waits for company")
+    max_candidates: int = knob(1000, "candidates per request, at most")
+    max_history: int = knob(10_000, "events in a request's explicit history, at most")
+    threads: int = knob(1, "torch threads per replica")
+    adapter: str = knob("", "adapter folder to serve; empty: the best one of the run (the first of `compare`)")
+    check: bool = knob(False, "the pipeline ends by asking the service over HTTP and scraping the metrics")
+    gpus: float = knob(0, "GPUs reserved per replica and per evaluation")
+
+
+@dataclass(frozen=True)
+class PathsConfig(Section):
+    """Where everything of a run lies."""
+
+    run: str = knob("runs/demo", "folder of the run; every stage has a sub-folder")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """Everything."""
+
+    paths: PathsConfig = knob(PathsConfig, "folders")
+    synthesise: SynthesiseConfig | None = knob(None, "generate the raw log first (the demo does)")
+    events: EventsConfig = knob(EventsConfig, "raw logs to events")
+    retrieval: RetrievalConfig = knob(RetrievalConfig, "histories")
+    shards: ShardsConfig = knob(ShardsConfig, "training files")
+    spark: SparkConfig = knob(SparkConfig, "Spark")
+    backbone: BackboneConfig = knob(BackboneConfig, "language model")
+    prompt: PromptConfig = knob(PromptConfig, "wording")
+    embed: EmbedConfig = knob(EmbedConfig, "item vectors")
+    crm: CrmConfig = knob(CrmConfig, "conventional model")
+    crm_train: TrainConfig = knob(TrainConfig, "its training")
+    adapters: dict[str, LoraConfig] = knob(dict, "the adapters to fine-tune, by name")
+    lora_train: TrainConfig = knob(TrainConfig, "their training")
+    engine: EngineConfig = knob(EngineConfig, "DeepSpeed")
+    ray: RayConfig = knob(RayConfig, "cluster and workers")
+    reader: ReaderConfig = knob(ReaderConfig, "shard reader")
+    evaluate: EvaluateConfig = knob(EvaluateConfig, "metrics")
+    compare: tuple[tuple[str, str], ...] = knob((), "pairs of models whose difference is reported, better one first")
+    serve: ServeConfig = knob(ServeConfig, "service")

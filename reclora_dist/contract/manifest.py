@@ -1,0 +1,177 @@
+"""The manifest of a dataset folder: what it holds, what made it, and the digests that prove it.
+
+A stage writes its files under names that carry their content's digest and ``manifest.json`` last: the manifest is the
+commit. A stage that dies before it leaves the old manifest and the old files; files that no manifest names are removed
+by the next commit.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from reclora_dist.contract.storage import Folder
+
+MANIFEST = "manifest.json"
+
+
+class ContractError(ValueError):
+    """A dataset is missing, of another version, or damaged; the text names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """Name and version of a dataset format; a reader takes exactly this pair."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a dataset: path relative to its folder, rows per row group (empty if not Parquet), size, SHA-256."""
+
+    path: str
+    row_groups: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+    @property
+    def rows(self) -> int:
+        """Rows in the file."""
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset folder holds and what it was made from."""
+
+    format: str
+    version: int
+    config_digest: str
+    parents: Mapping[str, str]
+    files: tuple[FileEntry, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def content_digest(self) -> str:
+        """Digest of the files' contents and the facts; equal contents give equal digests whatever made them."""
+        files = sorted((entry.path, entry.sha256) for entry in self.files)
+        return digest([self.format, self.version, files, self.facts])
+
+    def select(self, prefix: str) -> tuple[FileEntry, ...]:
+        """The files whose path starts with ``prefix``, in path order."""
+        return tuple(sorted((f for f in self.files if f.path.startswith(prefix)), key=lambda f: f.path))
+
+    def rows(self, prefix: str = "") -> int:
+        """Rows in the files whose path starts with ``prefix``."""
+        return sum(entry.rows for entry in self.select(prefix))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON; dataclasses count as the mapping of their fields."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"cannot take a digest of {type(value).__name__}: {value!r}")
+
+
+def read_manifest(folder: Folder, expected: Format) -> Manifest:
+    """Read the manifest of ``folder``.
+
+    Raises:
+        ContractError: there is none, it cannot be parsed, or it is of another format, version or digest.
+    """
+    if not folder.exists(MANIFEST):
+        raise ContractError(
+            f"{folder.uri!r} has no {MANIFEST}: the stage that writes {expected.name!r} has not completed there. "
+            "Run it, or point the path at a finished dataset."
+        )
+    raw = _parse(folder)
+    found = (raw.get("format"), raw.get("version"))
+    if found != (expected.name, expected.version):
+        raise ContractError(
+            f"{folder.uri!r} holds format {found[0]!r} version {found[1]!r}, but this release reads "
+            f"{expected.name!r} version {expected.version}. Rebuild it with this release."
+        )
+    manifest = _build(folder, raw)
+    if manifest.content_digest != raw.get("content_digest"):
+        raise ContractError(
+            f"{folder.uri!r}: the manifest's content digest {raw.get('content_digest')!r} does not match its entries "
+            f"({manifest.content_digest!r}); it was edited or damaged. Rebuild the dataset."
+        )
+    return manifest
+
+
+def _build(folder: Folder, raw: Mapping[str, Any]) -> Manifest:
+    try:
+        files = tuple(FileEntry(f["path"], tuple(f["row_groups"]), f["bytes"], f["sha256"]) for f in raw["files"])
+        return Manifest(raw["format"], raw["version"], raw["config_digest"], raw["parents"], files, raw["facts"])
+    except (KeyError, TypeError) as error:
+        raise ContractError(f"{folder.uri!r}: {MANIFEST} lacks or garbles {error}. Rebuild the dataset.") from error
+
+
+def _parse(folder: Folder) -> dict[str, Any]:
+    try:
+        raw = json.loads(folder.read(MANIFEST))
+    except ValueError as error:
+        raise ContractError(f"{folder.uri!r}: {MANIFEST} is not JSON ({error}). Rebuild the dataset.") from error
+    if not isinstance(raw, dict):
+        raise ContractError(f"{folder.uri!r}: {MANIFEST} is not a JSON object. Rebuild the dataset.")
+    return raw
+
+
+def commit(folder: Folder, manifest: Manifest) -> Manifest:
+    """Publish ``manifest`` in ``folder``, then remove the files that it does not name."""
+    record = {**dataclasses.asdict(manifest), "content_digest": manifest.content_digest}
+    folder.write(MANIFEST, json.dumps(record, indent=1).encode() + b"\n")
+    keep = {entry.path for entry in manifest.files} | {MANIFEST}
+    for name in folder.files():
+        if name not in keep:
+            folder.delete(name)
+    return manifest
+
+
+def is_current(folder: Folder, expected: Format, config_digest: str, parents: Mapping[str, str]) -> bool:
+    """Whether ``folder`` already holds the output of this configuration and these parents."""
+    try:
+        manifest = read_manifest(folder, expected)
+    except ContractError:
+        return False
+    return manifest.config_digest == config_digest and dict(manifest.parents) == dict(parents)
+
+
+def file_entry(path: str, content: bytes, row_groups: Iterable[int] = ()) -> FileEntry:
+    """Describe a file whose bytes are ``content``."""
+    return FileEntry(path, tuple(row_groups), len(content), hashlib.sha256(content).hexdigest())
+
+
+def add_file(folder: Folder, path: str, content: bytes, row_groups: Iterable[int] = ()) -> FileEntry:
+    """Write ``content`` at ``path`` and describe it."""
+    folder.write(path, content)
+    return file_entry(path, content, row_groups)
+
+
+def verified(folder: Folder, entry: FileEntry) -> bytes:
+    """The bytes of a file, checked against its manifest entry.
+
+    Raises:
+        ContractError: the file is missing, shorter, longer, or has another digest.
+    """
+    if not folder.exists(entry.path):
+        raise ContractError(f"{folder.uri!r}: {entry.path!r} is named in {MANIFEST} but missing. Rebuild the dataset.")
+    content = folder.read(entry.path)
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry.sha256:
+        raise ContractError(
+            f"{folder.uri!r}: {entry.path!r} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: "
+            "its bytes changed after it was written. Rebuild the dataset or restore the file."
+        )
+    return content

@@ -1,0 +1,42 @@
+"""Parquet parts of a dataset: written whole under a name that carries their digest, read back verified."""
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reclora_dist.contract.manifest import FileEntry, add_file, file_entry, verified
+from reclora_dist.contract.storage import Folder
+
+
+def write_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_per_group: int) -> FileEntry:
+    """Write ``table`` as ``{prefix}part-{index}-{digest}.parquet`` (zstd, row groups of ``rows_per_group``)."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=rows_per_group, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    groups = [min(rows_per_group, table.num_rows - start) for start in range(0, table.num_rows, rows_per_group)]
+    name = f"{prefix}part-{index:05d}-{file_entry('', content).sha256[:12]}.parquet"
+    return add_file(folder, name, content, groups)
+
+
+def open_part(folder: Folder, entry: FileEntry) -> pq.ParquetFile:
+    """Open a part after its bytes were checked against the manifest.
+
+    Raises:
+        ContractError: the file is missing or its digest does not match.
+    """
+    return pq.ParquetFile(pa.BufferReader(verified(folder, entry)))
+
+
+def read_parts(folder: Folder, entries: Iterable[FileEntry], columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of the given parts as one table, in path order, each part verified.
+
+    Raises:
+        ContractError: a file is missing or its digest does not match.
+        ValueError: there is no part to read.
+    """
+    names = None if columns is None else list(columns)
+    tables = [open_part(folder, e).read(columns=names) for e in sorted(entries, key=lambda e: e.path)]
+    if not tables:
+        raise ValueError(f"{folder.uri!r}: no part matches; its dataset has no such table or split")
+    return pa.concat_tables(tables)

@@ -1,0 +1,86 @@
+"""A folder on any file system that fsspec opens: local paths, s3://, gs://, hdfs://."""
+
+import os
+import posixpath
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder, addressed by a URI; every path given to its methods is relative to it and uses ``/``."""
+
+    uri: str
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system that holds the folder."""
+        return fsspec.core.url_to_fs(self.uri)[0]
+
+    def path(self, name: str = "") -> str:
+        """Absolute path of ``name`` as the folder's file system spells it."""
+        root: str = fsspec.core.url_to_fs(self.uri)[1]
+        return posixpath.join(root, name) if name else root
+
+    def child(self, name: str) -> "Folder":
+        """The sub-folder ``name``."""
+        return Folder(posixpath.join(self.uri, name))
+
+    def resolve(self, uri: str) -> "Folder":
+        """The folder that ``uri`` names; one that starts with a dot is relative to this folder."""
+        if not uri.startswith("."):
+            return Folder(uri)
+        scheme, separator, path = self.uri.rpartition("://")
+        return Folder(scheme + separator + posixpath.normpath(posixpath.join(path, uri)))
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of that name is there."""
+        return bool(self.fs.exists(self.path(name)))
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open ``name`` for reading bytes."""
+        return cast(IO[bytes], self.fs.open(self.path(name), "rb"))
+
+    def read(self, name: str) -> bytes:
+        """All bytes of ``name``."""
+        return cast(bytes, self.fs.cat_file(self.path(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write ``name`` so that a reader sees the old file or the new one, never half of one."""
+        target = self.path(name)
+        self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        if not isinstance(self.fs, LocalFileSystem):
+            self.fs.pipe_file(target, content)  # object stores publish an object when it is complete
+            return
+        partial = f"{target}.{uuid.uuid4().hex[:8]}.partial"
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+
+    def files(self, name: str = "") -> list[str]:
+        """All files below ``name``, sorted, relative to the folder; empty where there is none."""
+        root = self.path()
+        found = self.fs.find(self.path(name)) if self.fs.exists(self.path(name)) else []
+        return sorted(posixpath.relpath(file, root) for file in found)
+
+    def delete(self, name: str) -> None:
+        """Remove the file ``name``; nothing happens where it is not there."""
+        if self.exists(name):
+            self.fs.rm_file(self.path(name))
+
+    def local(self) -> Path:
+        """The folder as a local path.
+
+        Raises:
+            ValueError: the folder is on a remote file system.
+        """
+        if not isinstance(self.fs, LocalFileSystem):
+            raise ValueError(f"{self.uri!r} is not a local folder; copy it to a local disk first")
+        return Path(self.path())

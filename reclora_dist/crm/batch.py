@@ -1,0 +1,39 @@
+"""Input of a conventional recommender."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class CrmBatch:
+    """Input of the CRM for B samples; F user fields, history of K steps padded with 0 at the end.
+
+    Attributes:
+        sample_id: int64 [B].
+        item: target item positions, int64 [B].
+        user: user positions, int64 [B].
+        label: 0 or 1, float32 [B].
+        user_fields: positions of the user's field values, int64 [B, F].
+        statistics: raw running counts in the order of ``contract.schema.STATISTICS``, float32 [B, 4].
+        items: history items, oldest first, int64 [B, K].
+        levels: their rating levels, int64 [B, K].
+        length: real history steps, int64 [B].
+    """
+
+    sample_id: torch.Tensor
+    item: torch.Tensor
+    user: torch.Tensor
+    label: torch.Tensor
+    user_fields: torch.Tensor
+    statistics: torch.Tensor
+    items: torch.Tensor
+    levels: torch.Tensor
+    length: torch.Tensor
+
+    def __len__(self) -> int:
+        return int(self.sample_id.shape[0])
+
+    def to(self, device: torch.device | str) -> "CrmBatch":
+        """The batch on ``device``."""
+        return CrmBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})

@@ -1,0 +1,130 @@
+"""Score rows of text shards with one adapter: the same code validates in training, evaluates and serves."""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from reclora_dist.backbone.load import load_tokenizer
+from reclora_dist.contract.manifest import ContractError, Manifest, read_manifest
+from reclora_dist.contract.parts import read_parts
+from reclora_dist.contract.schema import EVENTS
+from reclora_dist.contract.storage import Folder
+from reclora_dist.crm.batch import CrmBatch
+from reclora_dist.crm.sim import Sim
+from reclora_dist.data.collate import TextCollator, crm_batch
+from reclora_dist.data.prompts import PromptBuilder
+from reclora_dist.lora.adapter import AdapterConfig, load_adapter, resolved_backbone
+from reclora_dist.lora.model import RecLora
+
+Scores = npt.NDArray[np.float64]
+
+
+def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextCollator:
+    """The collator that words samples as ``config`` says, with the titles of an events dataset.
+
+    Args:
+        backbone: folder or hub id of the tokenizer.
+    """
+    manifest = read_manifest(events, EVENTS)
+    items = read_parts(events, manifest.select("items/"), ["item", "title"])
+    titles = [""] * (manifest.facts["items"] + 1)
+    for item, title in zip(items["item"].to_pylist(), items["title"].to_pylist(), strict=True):
+        titles[item] = title
+    prompts = PromptBuilder(
+        config.prompt,
+        load_tokenizer(backbone),
+        titles,
+        manifest.facts["rating_levels"],
+        manifest.facts["user_fields"],
+        causal=config.backbone.kind != "encoder",
+    )
+    return TextCollator(prompts)
+
+
+def crm_probability(model: Sim, batch: CrmBatch) -> torch.Tensor:
+    """The CRM's own probability of a like, [batch]."""
+    return torch.sigmoid(model(batch).logit.double())
+
+
+class Scorer:
+    """An adapter ready to score; use one per process and not from several threads at once."""
+
+    def __init__(self, model: RecLora, config: AdapterConfig, collate: TextCollator, batch_size: int = 256) -> None:
+        self.model = model.eval()
+        self.config = config
+        self.collate = collate
+        self.batch_size = batch_size
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, adapter: Folder, threads: int = 1, batch_size: int = 256) -> "Scorer":
+        """Load an adapter folder and the datasets that it refers to.
+
+        Raises:
+            ContractError: the adapter or its events are missing, damaged, or not those it was trained with.
+        """
+        torch.set_num_threads(threads)
+        model, config = load_adapter(adapter)
+        events = referenced(adapter, config, "events")
+        check_reference(config, "events", read_manifest(events, EVENTS))
+        collate = text_collator(config, events, resolved_backbone(adapter, config))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.to(device), config, collate, batch_size)
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter."""
+        return self.config.name
+
+    @torch.inference_mode()
+    def score(self, rows: pa.Table) -> Scores:
+        """Probability of a like for rows in the text shard schema, float64 [rows], in their order."""
+        scores = np.empty(rows.num_rows)
+        for places, batch in self._batches(rows):
+            logits = self.model(self.collate(batch).to(self.device))
+            scores[places] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
+        return scores
+
+    @torch.inference_mode()
+    def crm_score(self, rows: pa.Table) -> Scores:
+        """The frozen CRM's own probability of a like, float64 [rows]."""
+        scores = np.empty(rows.num_rows)
+        for places, batch in self._batches(rows):
+            scores[places] = crm_probability(self.model.crm, crm_batch(batch).to(self.device)).cpu().numpy()
+        return scores
+
+    @torch.inference_mode()
+    def mixtures(self, rows: pa.Table) -> npt.NDArray[np.float32]:
+        """Gate weights, float32 [rows, matrices, experts]; one expert of weight 1 where there is no gate."""
+        parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.experts), np.float32)
+        for places, batch in self._batches(rows):
+            mixture = self.model.mixture(self.collate(batch).to(self.device))
+            if mixture is not None:
+                parts[places] = mixture.transpose(0, 1).float().cpu().numpy()
+        return parts
+
+    def _batches(self, rows: pa.Table) -> list[tuple[npt.NDArray[np.int64], pa.Table]]:
+        """Batches of rows with histories of like length, so that little is padded, and their places in ``rows``."""
+        order = np.argsort(rows["short_length"].to_numpy(), kind="stable")
+        places = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return [(part, rows.take(pa.array(part))) for part in places]
+
+
+def referenced(adapter: Folder, config: AdapterConfig, name: str) -> Folder:
+    """The folder of a dataset that an adapter refers to."""
+    return adapter.resolve(config.references[name].uri)
+
+
+def check_reference(config: AdapterConfig, name: str, manifest: Manifest) -> None:
+    """Refuse a dataset that changed since the adapter was trained.
+
+    Raises:
+        ContractError: its content digest is another one.
+    """
+    reference = config.references[name]
+    if manifest.content_digest != reference.content_digest:
+        raise ContractError(
+            f"adapter {config.name!r} was trained with {name} {reference.content_digest[:12]}…, but {reference.uri!r} "
+            f"now holds {manifest.content_digest[:12]}…; train the adapter again or restore the dataset"
+        )

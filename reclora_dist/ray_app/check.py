@@ -1,0 +1,151 @@
+"""The pipeline's last stage: serve the adapter, ask it over HTTP, compare with the evaluation, find the metrics."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from prometheus_client.parser import text_string_to_metric_families
+
+from reclora_dist.config.run import folder, manifest
+from reclora_dist.config.schema import Config
+from reclora_dist.contract.manifest import Manifest, add_file, commit, digest, is_current
+from reclora_dist.contract.parts import read_parts
+from reclora_dist.contract.schema import ADAPTER, EVALUATION, EVENTS, SERVICE
+from reclora_dist.ray_app import service
+from reclora_dist.ray_app.evaluate import split_rows
+from reclora_dist.ray_app.session import Cluster
+from reclora_dist.telemetry import names
+from reclora_dist.train.stages import Identity
+
+ANSWERS = "answers.json"
+CANDIDATES = 5
+EVALUATED = 200
+TOLERANCE = 1e-4
+
+
+def adapter_to_serve(config: Config) -> str:
+    """Folder of the adapter that the service takes: the configured one, else the first that ``compare`` names."""
+    if config.serve.adapter:
+        return config.serve.adapter
+    if not config.adapters:
+        raise ValueError("the config has no adapters; add one, or give serve.adapter a folder")
+    better = [pair[0] for pair in config.compare if pair[0] in config.adapters]
+    return folder(config, f"adapters/{(better or list(config.adapters))[0]}").uri
+
+
+def _identity(config: Config) -> Identity:
+    parents = {
+        f"adapters/{name}": manifest(config, f"adapters/{name}", ADAPTER).content_digest for name in config.adapters
+    }
+    return Identity(digest([config.serve.adapter, config.compare]), parents)
+
+
+def service_is_current(config: Config) -> bool:
+    """Whether these adapters' service was already checked."""
+    identity = _identity(config)
+    return is_current(folder(config, "service"), SERVICE, identity.config_digest, identity.parents)
+
+
+def check_service(config: Config, cluster: Cluster, series: set[str]) -> None:
+    """Serve, score a test sample and others, run an evaluation, scrape; write ``service/answers.json``.
+
+    Args:
+        series: exported names of metrics that were found earlier in the run.
+
+    Raises:
+        RuntimeError: an answer differs from the evaluation's score, or a metric is missing.
+    """
+    url = service.run(adapter_to_serve(config), config.serve, config.evaluate)
+    print(f"service: {url} (API: {url}/docs)", flush=True)
+    answers = {"healthz": _call(f"{url}/healthz"), "score": _score(config, url), "evaluation": _evaluate(url)}
+    time.sleep(5)  # Ray exports metrics every few seconds
+    found = series | scrape(cluster)
+    service.shutdown()
+    missing = sorted(name for name in expected_series() if name not in found)
+    print(f"metrics: {len(expected_series()) - len(missing)} of {len(expected_series())} series found", flush=True)
+    if missing and cluster.started:
+        raise RuntimeError(f"metrics not found in a scrape of {cluster.metrics}: {', '.join(missing)}")
+    target, identity = folder(config, "service"), _identity(config)
+    files = (add_file(target, ANSWERS, json.dumps(answers, indent=1).encode()),)
+    commit(target, Manifest(SERVICE.name, SERVICE.version, identity.config_digest, identity.parents, files))
+
+
+def expected_series() -> set[str]:
+    """Exported names of everything that training, evaluation and serving emit."""
+    emitted = [metric for metric in names.ALL if not metric.name.startswith("reclora_spark")]
+    return {name for metric in emitted for name in names.series(metric)}
+
+
+def _score(config: Config, url: str) -> dict[str, Any]:
+    """Ask for a test sample's item among others; the service must say what the evaluation said."""
+    rows = split_rows(config, "test")
+    row = rows.slice(0, 1).to_pylist()[0]
+    events, source = manifest(config, "events", EVENTS), folder(config, "events")
+    items = read_parts(source, events.select("items/"), ["item", "item_id", "title"])
+    users = read_parts(source, events.select("users/"), ["user", "user_id"])
+    user = _name(users, "user", row["user"], "user_id")
+    others = items["item_id"].to_pylist()[:CANDIDATES]
+    target = _name(items, "item", row["item"], "item_id")
+    candidates = [target, *[i for i in others if i != target][: CANDIDATES - 1]]
+    body = {"user": user, "candidates": candidates, "time": row["time"]}
+    answer = _call(f"{url}/v1/score", body)
+    titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
+    for entry in answer["scores"]:
+        print(f"service: user {user} · {titles[entry['item']]}: {entry['score']:.3f}", flush=True)
+    _compare(config, answer["scores"][0]["score"], row["sample_id"])
+    return {"request": body, "response": answer}
+
+
+def _compare(config: Config, score: float, sample: int) -> None:
+    model = adapter_to_serve(config).rpartition("/")[2]
+    record = manifest(config, "evaluation", EVALUATION)
+    entries = record.select(f"predictions/test/{model}/")
+    if not entries:
+        return  # an adapter from elsewhere, which this run has not evaluated
+    table = read_parts(folder(config, "evaluation"), entries)
+    expected = table["score"].to_numpy()[np.flatnonzero(table["sample_id"].to_numpy() == sample)[0]]
+    if abs(score - expected) > TOLERANCE:
+        raise RuntimeError(f"sample {sample}: the service says {score:.6f}, the evaluation {expected:.6f}")
+
+
+def _name(table: pa.Table, key: str, position: int, column: str) -> str:
+    place = int(np.flatnonzero(table[key].to_numpy() == position)[0])
+    return str(table[column][place].as_py())
+
+
+def _evaluate(url: str) -> Mapping[str, Any]:
+    job = _call(f"{url}/v1/evaluations", {"split": "validation", "limit": EVALUATED})
+    while job["status"] in ("pending", "running"):
+        time.sleep(0.5)
+        job = _call(f"{url}/v1/evaluations/{job['id']}")
+    if job["status"] != "done":
+        raise RuntimeError(f"the service's evaluation ended as {job['status']}: {job}")
+    auc = job["metrics"]["auc"]["mean"]
+    print(f"service: evaluation of {EVALUATED} validation samples: AUC {auc:.4f}", flush=True)
+    return dict(job)
+
+
+def _call(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{url}: HTTP {error.code}: {error.read().decode()}") from error
+
+
+def scrape(cluster: Cluster) -> set[str]:
+    """Names of this project's series at the nodes' Prometheus endpoints."""
+    found: set[str] = set()
+    for target in cluster.metrics:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        for family in text_string_to_metric_families(text):
+            found |= {sample.name for sample in family.samples if "reclora_" in sample.name}
+    return found

@@ -1,0 +1,62 @@
+"""Raw logs to canonical events, items and users: bad rows put aside with reasons, k-core, positions, label, split."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # spark-submit runs this file by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from reclora_dist.config.schema import EventsConfig
+from reclora_dist.contract.schema import EVENTS
+from reclora_dist.contract.storage import Folder
+from spark_jobs.sources.layout import fingerprint
+from spark_jobs.stage import Inputs, Job, Output, main
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]:
+    """Find the raw log (``--raw``, else ``source.path``) and take its fingerprint; where it lies is no setting.
+
+    Raises:
+        ValueError: no path is given, or a file is missing there.
+    """
+    folder = inputs.folders.get("raw", Folder(config.source.path))
+    if not folder.uri:
+        raise ValueError("where is the raw log? Give --raw, or set source.path")
+    parents = {"raw": fingerprint(config.source, folder)}
+    return replace(config, source=replace(config.source, path="")), replace(
+        inputs, folders={"raw": folder}, parents=parents
+    )
+
+
+def run(spark: "SparkSession", config: EventsConfig, inputs: Inputs, out: Folder) -> Output:
+    """Build the events dataset in ``out`` (see ``transforms.events``)."""
+    from spark_jobs.transforms.events import build
+
+    return build(spark, config, inputs.folders["raw"], out)
+
+
+JOB = Job(
+    name="build_events",
+    summary=__doc__,
+    config=EventsConfig,
+    output=EVENTS,
+    run=run,
+    inputs={"raw": "folder of the raw log (default: the setting source.path)"},
+    optional=frozenset({"raw"}),
+    prepare=prepare,
+)
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """The job as a command."""
+    return main(JOB, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

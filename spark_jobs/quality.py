@@ -1,0 +1,43 @@
+"""Why a row of a raw log is put aside, and how many may be."""
+
+from collections.abc import Mapping
+
+MALFORMED_ROW = "malformed_row"
+MISSING_USER_ID = "missing_user_id"
+MISSING_ITEM_ID = "missing_item_id"
+MISSING_RATING = "missing_rating"
+UNPARSEABLE_RATING = "unparseable_rating"
+"""Not a number, or NaN, or infinite."""
+RATING_NOT_IN_LEVELS = "rating_not_in_levels"
+MISSING_TIME = "missing_time"
+UNPARSEABLE_TIME = "unparseable_time"
+UNKNOWN_ITEM = "unknown_item"
+"""An event of an item that the item table lacks."""
+DUPLICATE_EVENT = "duplicate_event"
+"""Same user, item and time as an earlier row (without a clock: same user and item); the first in file order stays."""
+DUPLICATE_ITEM = "duplicate_item"
+DUPLICATE_USER = "duplicate_user"
+ITEM_WITHOUT_TITLE = "item_without_title"
+"""A warning: the item stays, with its id as title."""
+
+
+def check_share(counts: Mapping[str, int], rows: int, limit: float) -> None:
+    """Refuse a log with too many bad events.
+
+    Args:
+        counts: bad event rows per reason.
+        rows: all event rows.
+        limit: largest share of bad rows.
+
+    Raises:
+        ValueError: the share is larger, or there is no event at all.
+    """
+    if rows == 0:
+        raise ValueError("the log has no event: look at source.path and source.events")
+    bad = sum(counts.values())
+    if bad > limit * rows:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+        raise ValueError(
+            f"{bad:,} of {rows:,} event rows ({bad / rows:.1%}) are bad, max_quarantined = {limit:g} ({reasons}). "
+            "Correct the source's settings or the log, or raise max_quarantined."
+        )

@@ -1,0 +1,124 @@
+"""What all jobs share: arguments to configuration, the check whether anything is to do, Spark, the commit, metrics.
+
+Nothing here imports pyspark before it is known that there is work.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from reclora_dist.config.load import build
+from reclora_dist.contract.manifest import FileEntry, Format, Manifest, commit, digest, is_current, read_manifest
+from reclora_dist.contract.storage import Folder
+from spark_jobs import arguments
+from spark_jobs.metrics import JobMetrics
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a job has written: its files, and the facts for the manifest."""
+
+    files: Sequence[FileEntry]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads: folders by name, and the manifests of those that have one."""
+
+    folders: Mapping[str, Folder]
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    parents: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Spark job.
+
+    ``run(spark, config, inputs, out)`` writes files; ``inputs`` maps an option to its help, those in ``optional`` may
+    be left out; ``formats`` names the dataset format of each input that has a manifest; ``prepare`` looks at
+    configuration and inputs before Spark starts and may replace both.
+    """
+
+    name: str
+    summary: str
+    config: type
+    output: Format
+    run: Callable[["SparkSession", Any, Inputs, Folder], Output]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    prepare: Callable[[Any, Inputs], tuple[Any, Inputs]] = lambda config, inputs: (config, inputs)
+
+
+def say(job: str, text: str) -> None:
+    """Print a line of progress."""
+    print(f"{job}: {text}", flush=True)
+
+
+def main(job: Job, argv: Sequence[str] | None = None) -> int:
+    """Run a job from the command line; 0 if its result is there, 2 if its input cannot be used."""
+    given = arguments.parser(job.name, job.summary, job.config, job.inputs, job.optional).parse_args(argv)
+    try:
+        _run(job, given)
+    except ValueError as error:
+        print(f"{job.name}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _run(job: Job, given: Any) -> None:
+    began = time.monotonic()
+    config = build(job.config, arguments.settings(given.config, given.settings))
+    config, inputs = job.prepare(config, open_inputs(job, {name: getattr(given, name) for name in job.inputs}))
+    out = Folder(given.out)
+    metrics = JobMetrics(job.name, given.metrics_port)
+    if is_current(out, job.output, digest(config), inputs.parents):
+        say(job.output.name.rpartition(".")[2], "up to date")
+        manifest = read_manifest(out, job.output)
+    else:
+        manifest = execute(job, config, inputs, out, given)
+    metrics.record(manifest, time.monotonic() - began)
+    if given.metrics_file:
+        metrics.write(given.metrics_file)
+
+
+def open_inputs(job: Job, uris: Mapping[str, str]) -> Inputs:
+    """Read the manifests of the inputs that must have one.
+
+    Raises:
+        ContractError: one is missing, of another version, or damaged.
+    """
+    folders = {name: Folder(uri) for name, uri in uris.items() if uri}
+    manifests = {name: read_manifest(folders[name], job.formats[name]) for name in folders if name in job.formats}
+    return Inputs(folders, manifests, {name: manifest.content_digest for name, manifest in manifests.items()})
+
+
+def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> Manifest:
+    """Start Spark, run the job and commit its result."""
+    from spark_jobs import session
+
+    began = time.monotonic()
+    spark = session.start(
+        job.name, given.master, given.driver_memory, given.shuffle_partitions, arguments.properties(given.conf)
+    )
+    say(job.name, f"Spark {spark.version} on {spark.sparkContext.master} after {time.monotonic() - began:.1f} s")
+    try:
+        manifest = publish(job, config, inputs, out, job.run(spark, config, inputs, out))
+    finally:
+        spark.stop()
+    say(job.name, f"{manifest.rows():,} rows in {len(manifest.files)} files, {time.monotonic() - began:.1f} s -> {out.uri}")
+    return manifest
+
+
+def publish(job: Job, config: Any, inputs: Inputs, out: Folder, output: Output) -> Manifest:
+    """Commit what a job wrote."""
+    files = tuple(sorted(output.files, key=lambda entry: entry.path))
+    return commit(
+        out, Manifest(job.output.name, job.output.version, digest(config), inputs.parents, files, dict(output.facts))
+    )

@@ -1,0 +1,216 @@
+"""The events dataset, step by step: judge, core, number, split, write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from reclora_dist.config.schema import EventsConfig
+from reclora_dist.contract import schema
+from reclora_dist.contract.manifest import FileEntry
+from reclora_dist.contract.storage import Folder
+from spark_jobs.parts import ROWS_PER_PART, part_of, write_parts
+from spark_jobs.quality import ITEM_WITHOUT_TITLE, check_share
+from spark_jobs.sources.open import open_log
+from spark_jobs.sources.raw import PLACE, RawLog
+from spark_jobs.stage import Output, say
+from spark_jobs.transforms import clean
+from spark_jobs.transforms.core import k_core
+from spark_jobs.transforms.fields import categories, with_fields, worded
+from spark_jobs.transforms.positions import ordered, positions
+from spark_jobs.transforms.ranks import Ranked, with_rank
+from spark_jobs.transforms.settle import joinable, settle
+from spark_jobs.transforms.split import check_fractions, is_sample, split
+
+MAX_LEVELS = 64
+"""Ratings of a log without a given scale, at most."""
+
+_say = partial(say, "build_events")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The tables of a raw log with a reason beside every bad row, and what was counted."""
+
+    events: DataFrame
+    items: DataFrame | None
+    users: DataFrame | None
+    quarantine: DataFrame
+    counts: dict[str, int]
+    reasons: dict[str, int]
+
+
+def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -> Output:
+    """Write the tables events, items, users and quarantine.
+
+    Raises:
+        ValueError: the log or the configuration cannot be used; nothing was written then.
+    """
+    check_fractions(config.fractions)
+    log = open_log(spark, config.source, raw)
+    text = worded(config.item_text, log.item_fields)
+    judged = judge(log, config)
+    counts = judged.counts
+    events = k_core(_timed(judged.events, log.clock), config.k_core, partial(_count_core, counts))
+    levels = rating_levels(events, config.rating_levels)
+    users, items = positions(events, "user_id", "user"), positions(events, "item_id", "item")
+    numbered = settle(ordered(_numbered(events, users, items, levels, config.like_at_least)))
+    divided = split(numbered, config)
+    final = settle(divided.events)
+    counts |= split_counts(final, config)
+    _say(", ".join(f"{name} {rows:,}" for name, rows in counts.items()))
+    user_table = _profiled(users.frame, judged.users, "user", log.user_fields)
+    item_table = _profiled(items.frame, judged.items, "item", ("title", *log.item_fields))
+    item_table = item_table.withColumn("title", F.coalesce("title", "item_id")).withColumn("text", text)
+    fields = categories(user_table, log.user_fields), categories(item_table, log.item_fields)
+    files = [
+        *write_events(final, out, counts["events"]),
+        *_write_profiles(with_fields(item_table, fields[1]), final, out, "item", len(fields[1])),
+        *_write_profiles(with_fields(user_table, fields[0]), final, out, "user", len(fields[0])),
+        *_write_quarantine(judged, out),
+    ]
+    facts = {
+        "rating_levels": levels,
+        "level_likes": [int(level >= config.like_at_least) for level in levels],
+        "user_fields": fields[0],
+        "item_fields": fields[1],
+        "counts": counts,
+        "quarantine": judged.reasons,
+        "split": config.split,
+        "split_times": list(divided.times),
+        "min_history": config.min_history,
+        "users": users.rows,
+        "items": items.rows,
+    }
+    return Output(files, facts)
+
+
+def judge(log: RawLog, config: EventsConfig) -> Judged:
+    """Judge every row of the log.
+
+    Raises:
+        ValueError: more events are bad than ``config.max_quarantined`` allows.
+    """
+    tables: dict[str, DataFrame] = {}
+    for name, frame in (("items", log.items), ("users", log.users)):
+        if frame is not None:
+            tables[name] = settle(clean.judged_profiles(frame, f"{name[:-1]}_id"))
+    good = {name: clean.good(frame) for name, frame in tables.items()}
+    events = settle(clean.judged_events(log, good.get("items"), config.rating_levels))
+    rows, reasons = count_reasons(events)
+    bad = [clean.bad(frame, name) for name, frame in (("events", events), *tables.items())]
+    if "items" in tables:
+        bad.append(clean.untitled(tables["items"]))
+    _say(f"{rows:,} event rows read")
+    check_share(reasons, rows, config.max_quarantined)
+    quarantine = reduce(DataFrame.unionByName, bad)
+    found = {row[clean.REASON]: row["count"] for row in quarantine.groupBy(clean.REASON).count().collect()}
+    for reason, count in sorted(found.items()):
+        _say(f"  {'warning' if reason == ITEM_WITHOUT_TITLE else 'quarantine'}: {reason} {count:,}")
+    counts = {"read": rows, "clean": rows - sum(reasons.values())}
+    return Judged(clean.good(events), good.get("items"), good.get("users"), quarantine, counts, found)
+
+
+def count_reasons(events: DataFrame) -> tuple[int, dict[str, int]]:
+    """All rows, and the bad ones per reason."""
+    found = {row[clean.REASON]: row["count"] for row in events.groupBy(clean.REASON).count().collect()}
+    return sum(found.values()), {reason: count for reason, count in found.items() if reason is not None}
+
+
+def rating_levels(events: DataFrame, given: Sequence[float]) -> list[float]:
+    """The rating scale, ascending: as given, else the distinct ratings.
+
+    Raises:
+        ValueError: there are more than MAX_LEVELS, or no event is left.
+    """
+    if given:
+        return sorted(set(given))
+    rows = events.select("rating").distinct().limit(MAX_LEVELS + 1).collect()
+    if len(rows) > MAX_LEVELS:
+        raise ValueError(
+            f"the log has more than {MAX_LEVELS} distinct ratings, so they are no scale. "
+            "Name the valid ones in rating_levels, or round the ratings first."
+        )
+    if not rows:
+        raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine counts")
+    return sorted(row[0] for row in rows)
+
+
+def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
+    """Events, and samples per split.
+
+    Raises:
+        ValueError: a split that should have samples has none.
+    """
+    sample = is_sample(config.min_history)
+    rows = events.groupBy("split").agg(F.count("*").alias("events"), F.count_if(sample).alias("samples")).collect()
+    found = {row["split"]: row["samples"] for row in rows}
+    for name, fraction in zip(schema.SPLITS, config.fractions, strict=True):
+        if fraction > 0 and not found.get(name):
+            raise ValueError(
+                f"the {name} split has no sample (split = {config.split}, min_history = {config.min_history}, "
+                f"samples: {found}). Use a longer log, another split, or other fractions."
+            )
+    return {"events": sum(row["events"] for row in rows), **{name: found.get(name, 0) for name in schema.SPLITS}}
+
+
+def write_events(events: DataFrame, out: Folder, rows: int) -> list[FileEntry]:
+    """Write the event table: whole users per part, sorted by user and order."""
+    placed = events.withColumn("part", part_of("user", rows))
+    return write_parts(placed, out, "events/", schema.events, ["user", "order"])
+
+
+def _timed(events: DataFrame, clock: bool) -> DataFrame:
+    """Events with a time; without a clock it is the row's place in the log."""
+    if clock:
+        return events.drop(PLACE)
+    return settle(with_rank(events.drop("time"), [PLACE], "time").frame.drop(PLACE))
+
+
+def _count_core(counts: dict[str, int], turn: int, rows: int) -> None:
+    counts["k_core"] = rows
+    _say(f"  k-core round {turn}: {rows:,} events left")
+
+
+def _numbered(
+    events: DataFrame, users: Ranked, items: Ranked, levels: Sequence[float], like_at_least: float
+) -> DataFrame:
+    """Events with positions in place of ids, the rating's level and the label."""
+    scale = F.array(*[F.lit(level).cast("float") for level in levels])
+    return (
+        events.join(joinable(users.frame, users.rows), "user_id")
+        .join(joinable(items.frame, items.rows), "item_id")
+        .select(
+            "user",
+            "item",
+            "time",
+            "rating",
+            F.array_position(scale, F.col("rating")).cast("tinyint").alias("level"),
+            (F.col("rating").cast("double") >= like_at_least).cast("tinyint").alias("label"),
+        )
+    )
+
+
+def _profiled(numbers: DataFrame, profiles: DataFrame | None, kind: str, columns: Sequence[str]) -> DataFrame:
+    """Positions with what the log's own table says of them; null where it has no such row."""
+    if profiles is None:
+        return numbers.select("*", *[F.lit(None).cast("string").alias(name) for name in columns])
+    return settle(numbers.join(profiles.select(f"{kind}_id", *columns), f"{kind}_id", "left"))
+
+
+def _write_profiles(frame: DataFrame, events: DataFrame, out: Folder, kind: str, fields: int) -> list[FileEntry]:
+    """Write the item or user table, with how often each occurs in the training split."""
+    seen = events.where(F.col("split") == schema.SPLITS[0]).groupBy(kind).agg(F.count("*").alias("train_events"))
+    full = frame.join(seen, kind, "left").na.fill(0, ["train_events"])
+    part = F.floor((F.col(kind) - 1) / ROWS_PER_PART).cast("int")
+    target = schema.items(fields) if kind == "item" else schema.users(fields)
+    return write_parts(full.withColumn("part", part), out, f"{kind}s/", target, [kind])
+
+
+def _write_quarantine(judged: Judged, out: Folder) -> list[FileEntry]:
+    if not judged.reasons:
+        return []
+    placed = judged.quarantine.withColumn("part", part_of(clean.ROW, sum(judged.reasons.values())))
+    return write_parts(placed, out, "quarantine/", schema.quarantine, schema.quarantine.names)

@@ -1,0 +1,62 @@
+"""The item vectors on executors: memory-mapped where the file is local, else broadcast."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+
+from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, verified
+from reclora_dist.contract.storage import Folder
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+@dataclass(frozen=True)
+class SharedVectors:
+    """Something small that travels to executors and opens the vectors there."""
+
+    path: str
+    broadcast: Any = None
+
+    def open(self) -> NDArray[np.float32]:
+        """The vectors, float32 [items + 1, D]."""
+        source = self.path if self.broadcast is None else io.BytesIO(self.broadcast.value)
+        table: NDArray[np.float32] = np.load(source, mmap_mode="r" if self.broadcast is None else None, allow_pickle=False)
+        return table
+
+
+def share(spark: "SparkSession", folder: Folder, manifest: Manifest, items: int) -> SharedVectors:
+    """Check the vectors' file and make it available to executors.
+
+    Raises:
+        ContractError: there is no such file, its bytes changed, or it has vectors of another number of items.
+    """
+    entries = manifest.select("vectors-")
+    if len(entries) != 1:
+        raise ContractError(f"{folder.uri!r} names {len(entries)} files vectors-*.npy, not one. Run `embed` again.")
+    shared = _shared(spark, folder, entries[0])
+    shape = shared.open().shape
+    if len(shape) != 2 or shape[0] != items + 1:
+        raise ContractError(
+            f"{folder.uri!r} has vectors of shape {list(shape)}, but the log has {items} items, which takes "
+            f"{items + 1} rows. Run `embed` on these events."
+        )
+    return shared
+
+
+def _shared(spark: "SparkSession", folder: Folder, entry: FileEntry) -> SharedVectors:
+    if not isinstance(folder.fs, LocalFileSystem):
+        return SharedVectors("", spark.sparkContext.broadcast(verified(folder, entry)))
+    with folder.open(entry.path) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise ContractError(
+            f"{folder.uri!r}: {entry.path!r} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: "
+            "its bytes changed after it was written. Run `embed` again."
+        )
+    return SharedVectors(folder.path(entry.path))

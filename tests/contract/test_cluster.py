@@ -1,0 +1,209 @@
+"""The manifests and scripts of cluster/ name things that exist: versions, modules, settings, volumes, ports, images."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+import reclora_dist
+from reclora_dist.cli.compose import load
+from reclora_dist.config.load import ConfigError
+from reclora_dist.contract.manifest import ContractError, Manifest, commit
+from reclora_dist.contract.schema import ADAPTER
+from reclora_dist.contract.storage import Folder
+from reclora_dist.ray_app.declared import build_application
+from reclora_dist.ray_app.service import APPLICATION
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+SCRIPTS = sorted(CLUSTER.glob("*/*.sh"))
+DOCKERFILES = sorted((CLUSTER / "docker").glob("*.Dockerfile"))
+CONSTRAINTS = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+)
+
+
+def name_of(path):
+    return path.name
+
+
+def clusters(document):
+    """The RayCluster specifications inside a KubeRay document."""
+    spec = document["spec"]
+    found = {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}
+    return [found[document["kind"]]] if document["kind"] in found else []
+
+
+def groups(cluster):
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+CLUSTERS = [(path.name, c) for path in KUBERAY for d in yaml.safe_load_all(path.read_text()) for c in clusters(d)]
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.rglob("*.yaml")), ids=name_of)
+def test_yaml_parses_and_says_what_it_is_for(path):
+    documents = list(yaml.safe_load_all(path.read_text()))
+    assert all(isinstance(document, dict) for document in documents)
+    if path.parent.name == "kuberay" or path.parent == CLUSTER:
+        header = path.read_text().split("\n\n")[0]
+        assert re.match(r"# \w", header)
+        assert re.search(r"# Traps? avoided: ", path.read_text())
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=name_of)
+def test_kuberay_kinds(path):
+    for document in yaml.safe_load_all(path.read_text()):
+        if document["kind"].startswith("Ray"):
+            assert document["apiVersion"] == "ray.io/v1"
+        assert document["metadata"]["name"].startswith("reclora")
+
+
+@pytest.mark.parametrize(("name", "cluster"), CLUSTERS, ids=[name for name, _ in CLUSTERS])
+def test_clusters_are_of_our_ray_version_and_ask_for_a_token(name, cluster):
+    assert cluster["rayVersion"] == CONSTRAINTS["ray"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    images = {c["image"] for group in groups(cluster) for c in group["template"]["spec"]["containers"]}
+    assert len(images) == 1, "all nodes must have the same Ray and Python"
+
+
+@pytest.mark.parametrize(("name", "cluster"), CLUSTERS, ids=[name for name, _ in CLUSTERS])
+def test_pods_are_consistent(name, cluster):
+    for group in groups(cluster):
+        spec = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        for container in spec["containers"]:
+            assert container["image"].split(":")[1].removesuffix("-gpu") == reclora_dist.__version__
+            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            assert str(ports["metrics"]) == group["rayStartParams"]["metrics-export-port"]
+        claim = yaml.safe_load((CLUSTER / "kuberay" / "volume.yaml").read_text())
+        assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=name_of)
+def test_dockerfiles_take_our_versions_and_existing_files(path):
+    text = path.read_text()
+    major_minor = re.search(r"py(\d)(\d+)|python:(\d\.\d+)", text)
+    python = major_minor[3] or f"{major_minor[1]}.{major_minor[2]}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert python == "3.11"
+    assert project["requires-python"] == ">=3.11,<3.13"
+    for image, version in re.findall(r"(rayproject/ray|apache/spark):(\d+\.\d+\.\d+)", text):
+        assert version == CONSTRAINTS["ray" if "ray" in image else "pyspark"]
+    for image, version in re.findall(r"-t (reclora-dist-\w+):(\d+\.\d+\.\d+)", text):
+        assert version == reclora_dist.__version__, image
+    for name, version in re.findall(r"(\w+)==([\d.]+)", text):
+        assert CONSTRAINTS[name] == version
+    for extra in re.findall(r"'\.\[([\w,]+)\]'", text):
+        assert set(extra.split(",")) <= set(project["optional-dependencies"])
+    for line in re.findall(r"^COPY (?!--from)(?:--chown=\w+ )?(.*)$", text, re.MULTILINE):
+        missing = [name for name in line.split()[:-1] if not (ROOT / name).exists()]
+        assert not set(missing) - {"README.md"}
+
+
+def test_the_job_gives_its_workers_what_it_asks_for():
+    job = yaml.safe_load((CLUSTER / "kuberay" / "rayjob.yaml").read_text())["spec"]
+    config = load(shlex.split(job["entrypoint"])[3:])
+    workers = job["rayClusterSpec"]["workerGroupSpecs"][0]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert workers["replicas"] * int(limits["nvidia.com/gpu"]) == config.ray.workers * config.ray.gpus_per_worker
+    assert int(limits["cpu"]) >= config.ray.cpus_per_worker
+    assert config.paths.run.startswith("/data/")
+    assert config.backbone.path.startswith("/data/")
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], ids=name_of)
+def test_scripts_are_bash_and_say_what_they_are_for(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    lines = path.read_text().splitlines()
+    comment = lines[1 if lines[0].startswith("#!") else 0]
+    assert comment.startswith("# ")
+    if lines[0].startswith("#!"):
+        assert path.stat().st_mode & 0o111
+        assert "set -euo pipefail" in lines
+
+
+def test_spark_scripts_name_every_job():
+    listed = re.search(r"choose one of ([\w, ]+)", (CLUSTER / "spark" / "wheel.sh").read_text())[1]
+    entries = {path.stem for path in (ROOT / "spark_jobs").glob("*.py") if "__main__" in path.read_text()}
+    assert set(listed.split(", ")) == entries
+
+
+def test_spark_scripts_give_options_that_jobs_have():
+    for path in sorted((CLUSTER / "spark").glob("*.sh")):
+        usage = re.findall(r"build_events(.*?)(?=\n#\n)", path.read_text(), re.DOTALL)
+        for text in usage:
+            assert set(re.findall(r"--(?!conf)[\w-]+", text)) <= {"--raw", "--out", "--config", "--set"}
+
+
+def test_an_unknown_spark_job_is_refused():
+    done = subprocess.run([CLUSTER / "spark" / "standalone.sh", "train"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "train is no Spark job; choose one of synthesise" in done.stderr
+
+
+def test_a_worker_without_the_token_is_refused(tmp_path):
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [CLUSTER / "ray" / "worker.sh", "127.0.0.1:1"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    assert "No token at" in done.stderr
+
+
+def test_the_head_writes_a_token_that_only_its_user_reads(tmp_path):
+    source = f"source {CLUSTER / 'ray' / 'environment.sh'} create; echo $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH"
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-euc", source], capture_output=True, text=True, check=True, env=environment)
+    mode, path = done.stdout.split()
+    assert mode == "token"
+    assert Path(path).stat().st_mode & 0o777 == 0o600
+    assert len(Path(path).read_text()) == 64
+
+
+@pytest.fixture
+def serve_config():
+    service = yaml.safe_load((CLUSTER / "kuberay" / "rayservice.yaml").read_text())
+    return ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+
+
+def test_the_serve_config_is_one_that_ray_takes(serve_config):
+    application = serve_config.applications[0]
+    assert application.name == APPLICATION
+    assert serve_config.http_options.host == "0.0.0.0"
+    module, _, attribute = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), attribute) is build_application
+
+
+def test_the_serve_config_builds_our_application(serve_config, tmp_path):
+    folder = Folder(str(tmp_path / "adapter"))
+    commit(folder, Manifest(ADAPTER.name, ADAPTER.version, "", {}, ()))
+    args = serve_config.applications[0].args
+
+    def built(**serve):
+        return build_application({**args, "serve": serve})
+
+    assert type(built(**{**args["serve"], "adapter": folder.uri})).__name__ == "Application"
+    with pytest.raises(ContractError, match=r"has no manifest.json"):
+        built(adapter=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"serve.adapter = '': name the adapter folder"):
+        built()
+    with pytest.raises(ConfigError, match=r"serve.replica = 3: no such key; did you mean 'serve.replicas'"):
+        built(adapter=folder.uri, replica=3)
+
+
+def test_the_job_environment_has_only_known_fields():
+    environment = yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())
+    assert set(environment) == {"excludes", "env_vars"}
+    assert all(isinstance(value, str) for value in environment["env_vars"].values())
