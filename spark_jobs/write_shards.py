@@ -47,18 +47,18 @@ def check(config: ShardsConfig, inputs: Inputs) -> tuple[ShardsConfig, Inputs]:
 
 def run(spark: "SparkSession", config: ShardsConfig, inputs: Inputs, out: Folder) -> Output:
     """Write ``crm/split=*/`` and ``text/split=*/``."""
-    from spark_jobs.parts import ENTRY, collect_entries, read_parts
+    from spark_jobs.parts import ENTRY, collect_entries, each_part
     from spark_jobs.transforms import shards
 
     events, past = inputs.manifests["events"], inputs.manifests["histories"]
     shape = shards.Shape(len(events.facts["user_fields"]), past.facts["long"], past.facts["short"])
     counts = past.facts["counts"]
     entries = past.select("histories/")
-    read = partial(read_parts, spark, inputs.folders["histories"], entries)
-    whole = schema.histories(shape.long, shape.short)
-    layout = shards.plan(read(_only(whole, "sample_id", "split")), config, counts)
-    left = _histories(shards.placed(read(_without(whole, "user", "item", "time", "label")), layout))
-    right = shards.placed(_samples(spark, inputs), layout)
+    samples = _samples(spark, inputs)
+    layout = shards.plan(samples, config, counts)
+    read = partial(shards.packed_part, inputs.folders["histories"], entries, shape)
+    left = shards.placed(each_part(spark, len(entries), read, shards.PACKED), layout)
+    right = shards.placed(samples, layout)
     grouped = left.groupBy(*shards.KEY).cogroup(right.groupBy(*shards.KEY))
     files = collect_entries(grouped.applyInArrow(partial(shards.assemble, out, shape, config.rows_per_group), ENTRY))
     facts = _facts(events, past, layout, shape)
@@ -73,24 +73,12 @@ def _only(whole: Any, *names: str) -> Any:
     return pa.schema([whole.field(name) for name in names])
 
 
-def _without(whole: Any, *names: str) -> Any:
-    return _only(whole, *[name for name in whole.names if name not in names])
-
-
-def _histories(frame: "DataFrame") -> "DataFrame":
-    """CRM rows need no short history: do not carry it along."""
-    from pyspark.sql import functions as F
-
-    names = [name for name in frame.columns if name.startswith("short_")]
-    return frame.withColumns({name: F.when(F.col("kind") == "text", F.col(name)) for name in names})
-
-
 def _samples(spark: "SparkSession", inputs: Inputs) -> "DataFrame":
     """All samples with label, user fields and statistics."""
     from pyspark.sql import functions as F
 
     from spark_jobs.parts import read_parts
-    from spark_jobs.transforms.settle import joinable
+    from spark_jobs.transforms.settle import joinable, settle
     from spark_jobs.transforms.statistics import with_statistics
 
     manifest, folder = inputs.manifests["events"], inputs.folders["events"]
@@ -100,7 +88,7 @@ def _samples(spark: "SparkSession", inputs: Inputs) -> "DataFrame":
     users = read_parts(spark, folder, manifest.select("users/"), profile).withColumnRenamed("fields", "user_fields")
     counted = with_statistics(events, per_user=manifest.facts["split"] == "per_user")
     samples = counted.where(F.col("earlier") >= manifest.facts["min_history"]).drop("earlier")
-    return samples.join(joinable(users, manifest.facts["users"]), "user")
+    return settle(samples.join(joinable(users, manifest.facts["users"]), "user"))
 
 
 def _facts(events: Manifest, past: Manifest, layout: "Layout", shape: "Shape") -> dict[str, Any]:

@@ -6,13 +6,16 @@ Three deployments, so that each grows alone: ``Ingress`` speaks HTTP, ``Model`` 
 
 import asyncio
 import dataclasses
+import logging
 import math
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -68,6 +72,7 @@ class Model:
         check_reference(self.scorer.config, "vectors", read_manifest(vectors, VECTORS))
         self.store = FeatureStore.load(referenced(folder, self.scorer.config, "events"), vectors)
         self.meters = RayMeters()
+        self.thread = ThreadPoolExecutor(1)  # always the same one: torch keeps a pool of its own per calling thread
         queue: Any = self.score
         queue.set_max_batch_size(config.max_batch)
         queue.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
@@ -79,7 +84,7 @@ class Model:
     @serve.batch
     async def score(self, requests: list[ScoreRequest]) -> list[ScoreResponse | Rejected]:
         """Answer the requests of one batch; a bad one is refused without harm to the others."""
-        return await asyncio.to_thread(self._answers, requests)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._answers, requests)
 
     def _answers(self, requests: Sequence[ScoreRequest]) -> list[ScoreResponse | Rejected]:
         parts = [self._rows(request) for request in requests]
@@ -284,7 +289,7 @@ def run(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> str:
 
     Args:
         adapter: path or URI of the adapter folder.
-        config: with port 0 a free port is taken.
+        config: with port 0 a free port is taken. Where Ray Serve runs already, its host and port stay.
 
     Returns:
         The service's base URL. It serves until ``shutdown`` or the end of the cluster.
@@ -295,38 +300,56 @@ def run(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> str:
     """
     folder = Folder(adapter if "://" in adapter else os.path.abspath(adapter))
     read_manifest(folder, ADAPTER)
-    port = config.port or _free_port(config.host)
-    if not serve.status().proxies:
-        _require_free(config.host, port)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options=HTTPOptions(host=config.host, port=port, request_timeout_s=_REQUEST_TIMEOUT_S),
-        logging_config=_QUIET,
-    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _disconnect()  # Ray Serve remembers a controller by job id, which is the same in every cluster's first driver
+    if _client() is None:
+        _start_serve(config.host, config.port or _free_port(config.host))
     serve.run(application(folder.uri, config, evaluate), name=APPLICATION, route_prefix="/")
-    return f"http://{config.host}:{port}"
+    return _address()
 
 
 def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> None:
-    """Serve an adapter on the connected cluster until Ctrl-C or SIGTERM.
+    """Serve an adapter on the connected cluster until Ctrl-C or SIGTERM; call it from the main thread.
 
     Raises:
         ContractError: there is no adapter at the path.
         ValueError: the port is in use.
     """
+    stop = threading.Event()
+    url = run(adapter, config, evaluate)
+    earlier = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        url = run(adapter, config, evaluate)
         print(f"serving {adapter} at {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
-    finally:
+        stop.wait()
+        print("stopping", flush=True)
         shutdown()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def shutdown() -> None:
-    """End the service and Ray Serve on the connected cluster."""
-    serve.shutdown()
+    """End the service. Ray Serve itself stays for other applications and ends with the cluster."""
+    serve.delete(APPLICATION)
+
+
+def _start_serve(host: str, port: int) -> None:
+    _require_free(host, port)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=host, port=port, request_timeout_s=_REQUEST_TIMEOUT_S),
+        logging_config=_QUIET,
+    )
+
+
+def _address() -> str:
+    options = _client().http_config
+    return f"http://{options.host}:{options.port}"
+
+
+def _client() -> Any:
+    """The running Serve's client, None where there is none; no public call tells its address."""
+    return _get_global_client(raise_if_no_controller_running=False)
 
 
 def _free_port(host: str) -> int:

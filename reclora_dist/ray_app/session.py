@@ -17,8 +17,8 @@ import ray
 from reclora_dist.config.schema import RayConfig
 
 MIB = 1 << 20
-# Unix socket paths end at 107 bytes; Ray appends about 70 (session name, sockets/plasma_store) to its temp folder.
-_LONGEST_TEMP_DIR = 35
+# Unix socket paths end at 107 bytes; our folder's name, Ray's session and its socket names take up to 90 of them.
+_LONGEST_ROOT = 15
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,17 @@ def _choose_token() -> None:
 @contextmanager
 def _temp_dir() -> Iterator[Path]:
     root = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
-    folder = Path(tempfile.mkdtemp(prefix="reclora-ray-", dir=root if len(root) < _LONGEST_TEMP_DIR - 20 else "/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="reclora-ray-", dir=root if len(root) <= _LONGEST_ROOT else "/tmp"))
+    failed = False
     try:
         yield folder
-    except BaseException as error:
+    except Exception as error:  # not Ctrl-C or SIGTERM: then nothing went wrong
+        failed = True
         error.add_note(f"Ray's logs of this run are in {folder}")
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _joined(context: Any) -> Cluster:

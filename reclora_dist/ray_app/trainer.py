@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def _worker(job: Mapping[str, Any]) -> None:
     config: Config = job["config"]
     torch.set_num_threads(config.ray.threads)
     _find_ninja()
+    # DeepSpeed calls torch.distributed by names that torch has since replaced: once per rank and step
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank = train.get_context().get_world_rank()
     context = Context(
         rank=rank,

@@ -65,7 +65,7 @@ def world(config: SynthesiseConfig) -> World:
     style = rng.integers(0, config.styles, config.items)
     weight = rng.permutation((1.0 + np.arange(config.items)) ** -_POPULARITY)
     vocabulary = [topic_words(number) for number in range(config.topics)]
-    words = rng.integers(0, 8, (config.items, 2))
+    words = np.argsort(rng.random((config.items, 8)), axis=1)[:, :2]
     titles = [
         f"{vocabulary[t][1][a]} {vocabulary[t][1][b]} {number}"
         for number, (t, (a, b)) in enumerate(zip(topic.tolist(), words.tolist(), strict=True), 1)

@@ -1,6 +1,6 @@
 """Samples to shards: who goes into which file, and a file put together from its histories and its samples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +10,19 @@ from pyspark.sql import functions as F
 
 from reclora_dist.config.schema import ShardsConfig
 from reclora_dist.contract import schema
-from reclora_dist.contract.manifest import ContractError
-from reclora_dist.contract.parts import write_part
+from reclora_dist.contract.manifest import ContractError, FileEntry
+from reclora_dist.contract.parts import open_part, write_part
 from reclora_dist.contract.storage import Folder
 from spark_jobs.parts import entry_batch
+from spark_jobs.transforms.packed import pack, unpack
 from spark_jobs.transforms.ranks import rows_at
 
 KEY = ("kind", "split", "file")
 """Columns that name a file: crm or text, the split, and its number."""
+
+
+PACKED = "sample_id bigint, split string, past binary"
+"""Spark schema of packed histories."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,25 @@ class Shape:
     long: int
     short: int
 
+    @property
+    def past(self) -> list[pa.Field]:
+        """The columns of a history, as they are packed."""
+        whole = schema.histories(self.long, self.short)
+        return [field for field in whole if field.name.startswith(("long_", "short_"))]
+
     def schema(self, kind: str) -> pa.Schema:
         """Arrow schema of the shards of a kind."""
         if kind == "crm":
             return schema.crm_shard(self.user_fields, self.long)
         return schema.text_shard(self.user_fields, self.long, self.short)
+
+
+def packed_part(folder: Folder, entries: Sequence[FileEntry], shape: Shape, index: int) -> Iterator[pa.RecordBatch]:
+    """Part ``index`` of the histories in batches of the schema PACKED."""
+    for batch in open_part(folder, entries[index]).iter_batches():
+        table = pa.Table.from_batches([batch])
+        columns = [batch.column("sample_id"), batch.column("split"), pack(table, shape.past)]
+        yield pa.RecordBatch.from_arrays(columns, names=["sample_id", "split", "past"])
 
 
 def plan(samples: DataFrame, config: ShardsConfig, rows: Mapping[str, int]) -> Layout:
@@ -102,11 +121,12 @@ def assemble(
     order = np.lexsort((ids, histories["place"].to_numpy()))
     match = _match(ids[order], samples["sample_id"].to_numpy())
     target = shape.schema(kind)
-    columns = []
-    for field in target:
-        held = samples if field.name in samples.column_names else histories
-        taken = held[field.name].take(pa.array(match if held is samples else order)).combine_chunks()
-        columns.append(taken.cast(field.type))
+    held = unpack(histories["past"].take(pa.array(order)).combine_chunks(), shape.past)
+    matched = samples.take(pa.array(match))
+    columns = [
+        held[field.name] if field.name in held else matched[field.name].combine_chunks().cast(field.type)
+        for field in target
+    ]
     table = pa.Table.from_arrays(columns, schema=target)
     entry = write_part(folder, f"{kind}/split={split}/", file, table, rows_per_group)
     return pa.Table.from_batches([entry_batch([entry])])

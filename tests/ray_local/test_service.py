@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -204,3 +206,21 @@ def test_the_cluster_asks_for_a_token_that_no_file_holds(cluster: None) -> None:
         assert requests.get(f"http://{joined.dashboard}/api/version", headers=token, timeout=60).status_code == 200
         assert joined.dashboard.startswith("127.0.0.1:")
     assert ray.is_initialized(), "leaving a joined cluster does not end it"
+
+
+def test_a_process_that_joins_by_address_leaves_the_cluster_running(cluster: None) -> None:
+    code = (
+        "from reclora_dist.config.schema import RayConfig\n"
+        "from reclora_dist.ray_app.session import connect\n"
+        "with connect(RayConfig()) as cluster: print(cluster.started, len(cluster.metrics))"
+    )
+    address = ray.get_runtime_context().gcs_address
+    joined = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert joined.stdout.strip() == "False 1"
+    assert ray.nodes()[0]["Alive"]
