@@ -50,7 +50,7 @@ def _events(rng, users, items, events, item_topic, taste) -> pa.Table:  # type: 
 
 
 def _write_events(folder: Folder, table: pa.Table, users: int, items: int, topics: np.ndarray) -> Manifest:
-    user_fields = np.arange(users)[:, None] % 2 + 1
+    user_fields = np.arange(1, users + 1)[:, None] % 2 + 1
     item_table = pa.table(
         [
             pa.array(range(1, items + 1), pa.int32()),

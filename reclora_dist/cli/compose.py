@@ -48,13 +48,31 @@ def lenient(argument: str) -> str:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Resolve a composed configuration into dataclasses.
+    """Resolve a composed configuration into dataclasses; local paths become absolute, as workers have other folders.
 
     Raises:
         ConfigError: an unknown key or a value of the wrong type.
     """
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    return build(Config, values)
+    config = build(Config, values)
+    source = dataclasses.replace(config.events.source, path=_absolute(config.events.source.path))
+    return dataclasses.replace(
+        config,
+        paths=dataclasses.replace(config.paths, run=_absolute(config.paths.run)),
+        events=dataclasses.replace(config.events, source=source),
+        backbone=dataclasses.replace(config.backbone, path=_model(config.backbone.path)),
+        embed=dataclasses.replace(config.embed, path=_model(config.embed.path)),
+        serve=dataclasses.replace(config.serve, adapter=_absolute(config.serve.adapter)),
+    )
+
+
+def _absolute(uri: str) -> str:
+    return str(Path(uri).expanduser().resolve()) if uri and "://" not in uri else uri
+
+
+def _model(path: str) -> str:
+    """A model's local folder as an absolute path; what is no folder here is a hub id."""
+    return _absolute(path) if path.startswith((".", "~", "/")) or Path(path).is_dir() else path
 
 
 def load(overrides: Sequence[str] = ()) -> Config:

@@ -27,7 +27,7 @@ class Fields(nn.Module):
         self.register_buffer("offsets", offsets[:-1], persistent=False)
         self.table = nn.Embedding(int(offsets[-1]), width)
         self.width = width * len(sizes)
-        nn.init.normal_(self.table.weight, std=0.05)
+        nn.init.normal_(self.table.weight, std=0.1)
 
     def forward(self, fields: Tensor) -> Tensor:
         """int64 [..., fields] -> [..., fields * width]."""

@@ -91,7 +91,7 @@ class Sim(nn.Module):
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     table = nn.Embedding(rows, width)
-    nn.init.normal_(table.weight, std=0.05)
+    nn.init.normal_(table.weight, std=0.1)
     return table
 
 

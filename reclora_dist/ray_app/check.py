@@ -1,6 +1,7 @@
 """The pipeline's last stage: serve the adapter, ask it over HTTP, compare with the evaluation, find the metrics."""
 
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +27,41 @@ ANSWERS = "answers.json"
 CANDIDATES = 5
 EVALUATED = 200
 TOLERANCE = 1e-4
+SCRAPE_INTERVAL_S = 3.0
+EXPORT_PATIENCE_S = 40.0
+"""Ray exports every 10 s."""
+
+
+class Scraper:
+    """Polls a cluster's Prometheus endpoints while its block runs, as Prometheus would; ``found`` grows.
+
+    A gauge goes a few seconds after the process that set it, so one scrape at the end would miss the training's.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.found: set[str] = set()
+        self._cluster = cluster
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True, name="scraper")
+
+    def __enter__(self) -> "Scraper":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def missing(self, expected: set[str], patience_s: float) -> list[str]:
+        """Those of ``expected`` that do not turn up within ``patience_s`` seconds."""
+        deadline = time.monotonic() + patience_s
+        while expected - self.found and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return sorted(expected - self.found)
+
+    def _poll(self) -> None:
+        while not self._stop.wait(SCRAPE_INTERVAL_S):
+            self.found |= scrape(self._cluster)
 
 
 def adapter_to_serve(config: Config) -> str:
@@ -51,11 +87,11 @@ def service_is_current(config: Config) -> bool:
     return is_current(folder(config, "service"), SERVICE, identity.config_digest, identity.parents)
 
 
-def check_service(config: Config, cluster: Cluster, series: set[str]) -> None:
+def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
     """Serve, score a test sample and others, run an evaluation, scrape; write ``service/answers.json``.
 
     Args:
-        series: exported names of metrics that were found earlier in the run.
+        expected: names of the series that have to be found.
 
     Raises:
         RuntimeError: an answer differs from the evaluation's score, or a metric is missing.
@@ -63,22 +99,20 @@ def check_service(config: Config, cluster: Cluster, series: set[str]) -> None:
     url = service.run(adapter_to_serve(config), config.serve, config.evaluate)
     print(f"service: {url} (API: {url}/docs)", flush=True)
     answers = {"healthz": _call(f"{url}/healthz"), "score": _score(config, url), "evaluation": _evaluate(url)}
-    time.sleep(5)  # Ray exports metrics every few seconds
-    found = series | scrape(cluster)
+    missing = scraper.missing(expected, EXPORT_PATIENCE_S)
     service.shutdown()
-    missing = sorted(name for name in expected_series() if name not in found)
-    print(f"metrics: {len(expected_series()) - len(missing)} of {len(expected_series())} series found", flush=True)
-    if missing and cluster.started:
-        raise RuntimeError(f"metrics not found in a scrape of {cluster.metrics}: {', '.join(missing)}")
+    print(f"metrics: {len(expected) - len(missing)} of {len(expected)} series found by a scrape", flush=True)
+    if missing:
+        raise RuntimeError(f"no scrape of the cluster found {', '.join(missing)}")
     target, identity = folder(config, "service"), _identity(config)
     files = (add_file(target, ANSWERS, json.dumps(answers, indent=1).encode()),)
     commit(target, Manifest(SERVICE.name, SERVICE.version, identity.config_digest, identity.parents, files))
 
 
-def expected_series() -> set[str]:
-    """Exported names of everything that training, evaluation and serving emit."""
-    emitted = [metric for metric in names.ALL if not metric.name.startswith("reclora_spark")]
-    return {name for metric in emitted for name in names.series(metric)}
+def series_of(*rooms: str) -> set[str]:
+    """Names of the series that ``rooms`` (``train``, ``evaluation``, ``serve``) export."""
+    metrics = [metric for metric in names.ALL if metric.name.split("_")[1] in rooms]
+    return {name for metric in metrics for name in names.series(metric)}
 
 
 def _score(config: Config, url: str) -> dict[str, Any]:
@@ -144,8 +178,11 @@ def scrape(cluster: Cluster) -> set[str]:
     """Names of this project's series at the nodes' Prometheus endpoints."""
     found: set[str] = set()
     for target in cluster.metrics:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
-            text = response.read().decode()
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
+                text = response.read().decode()
+        except OSError:  # a node that is starting or leaving; Prometheus would try again, too
+            continue
         for family in text_string_to_metric_families(text):
             found |= {sample.name for sample in family.samples if "reclora_" in sample.name}
     return found

@@ -27,8 +27,8 @@ from reclora_dist.evaluate.baselines import running_averages
 from reclora_dist.evaluate.metrics import Interval, binary_metrics, paired_difference
 from reclora_dist.evaluate.report import Difference, ModelResult
 from reclora_dist.evaluate.scorer import Scorer, crm_probability
-from reclora_dist.ray_app.meters import RayMeters
 from reclora_dist.telemetry import names
+from reclora_dist.telemetry.meters import Meters
 from reclora_dist.train.stages import Identity
 
 SPLITS = ("validation", "test")
@@ -62,7 +62,7 @@ def evaluation_is_current(config: Config) -> bool:
     return is_current(folder(config, "evaluation"), EVALUATION, identity.config_digest, identity.parents)
 
 
-def evaluate_run(config: Config) -> dict[str, float]:
+def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
     """Score validation and test, write ``evaluation/`` (predictions and ``metrics.json``); no choice is made here.
 
     Returns:
@@ -76,7 +76,9 @@ def evaluate_run(config: Config) -> dict[str, float]:
         rows = split_rows(config, split)
         scored = _score(config, rows, split)
         files += [_write_predictions(target, split, model, rows, s) for model, s in scored.items()]
-        results["splits"][split] = _metrics(config, rows, {model: s.scores for model, s in scored.items()}, split)
+        results["splits"][split] = _metrics(
+            config, rows, {model: s.scores for model, s in scored.items()}, split, meters
+        )
         results["differences"] += list(_differences(config, rows, scored, split))
         results["all_rows"][split] = {"crm": _crm_on_all_rows(config, split)}
         files += [
@@ -166,8 +168,9 @@ def _crm_on_all_rows(config: Config, split: str) -> dict[str, Any]:
     return {"rows": rows.num_rows, **{key: dataclasses.asdict(value) for key, value in metrics.items()}}
 
 
-def _metrics(config: Config, rows: pa.Table, scores: Mapping[str, Scores], split: str) -> dict[str, Any]:
-    meters = RayMeters()
+def _metrics(
+    config: Config, rows: pa.Table, scores: Mapping[str, Scores], split: str, meters: Meters
+) -> dict[str, Any]:
     result = {}
     for model, values in scores.items():
         metrics = binary_metrics(_labels(rows), values, _users(rows), config.evaluate)

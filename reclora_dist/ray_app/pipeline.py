@@ -13,10 +13,12 @@ from reclora_dist.contract.manifest import is_current
 from reclora_dist.contract.schema import BACKBONE
 from reclora_dist.contract.storage import Folder
 from reclora_dist.ray_app import check, embed, evaluate, summary
-from reclora_dist.ray_app.session import Cluster, connect
+from reclora_dist.ray_app.meters import RayMeters
+from reclora_dist.ray_app.session import connect
 from reclora_dist.ray_app.spark import run_job
 from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.telemetry.memory import PeakMemory
+from reclora_dist.telemetry.meters import Meters, NullMeters
 from reclora_dist.train import stages
 
 STATE = "timings.json"
@@ -28,16 +30,19 @@ class Session:
 
     config: Config
     stack: ExitStack
-    cluster: Cluster | None = None
-    series: set[str] = field(default_factory=set)
+    scraper: check.Scraper | None = None
+    emitted: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
+    meters: Meters = field(default_factory=NullMeters)
 
-    def join(self) -> Cluster:
-        """The cluster; joined or started at the first call."""
-        if self.cluster is None:
+    def join(self) -> check.Scraper:
+        """Be connected to the cluster, joined or started at the first call; returns what scrapes its metrics."""
+        if self.scraper is None:
             print("ray: connecting", flush=True)
-            self.cluster = self.stack.enter_context(connect(self.config.ray))
-        return self.cluster
+            cluster = self.stack.enter_context(connect(self.config.ray))
+            self.meters = RayMeters()  # a gauge lasts as long as the object that set it
+            self.scraper = self.stack.enter_context(check.Scraper(cluster))
+        return self.scraper
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,7 @@ def check_config(config: Config) -> None:
             if name not in known:
                 raise ValueError(f"compare names {name!r}; there are: {', '.join(sorted(known))}")
     if not config.synthesise and not config.events.source.path:
-        raise ValueError(
-            "events.source.path is empty; give the folder of the raw log"
-        )
+        raise ValueError("events.source.path is empty; give the folder of the raw log")
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
     stages.check(config.crm_train, config.ray.workers, "crm_train")
@@ -189,24 +192,25 @@ def _train(session: Session, stage: str, adapter: str = "") -> None:
     if session.config.ray.workers == 0:
         train_stage(session.config, stage, adapter)
         return
-    cluster = session.join()
+    session.join()
     train_stage(session.config, stage, adapter)
-    session.series |= check.scrape(cluster)
+    if adapter and session.config.adapters[adapter].gate == "crm":
+        session.emitted |= check.series_of("train")  # only such an adapter sets all of them
 
 
 def _evaluation(session: Session) -> bool:
     if evaluate.evaluation_is_current(session.config):
         return False
-    cluster = session.join()
-    session.rates.update(evaluate.evaluate_run(session.config))
-    session.series |= check.scrape(cluster)
+    session.join()
+    session.rates.update(evaluate.evaluate_run(session.config, session.meters))
+    session.emitted |= check.series_of("evaluation")
     return True
 
 
 def _service(session: Session) -> bool:
     if check.service_is_current(session.config):
         return False
-    check.check_service(session.config, session.join(), session.series)
+    check.check_service(session.config, session.join(), session.emitted | check.series_of("serve"))
     return True
 
 

@@ -19,6 +19,11 @@ TOPIC_STRENGTH = 1.5
 QUALITY_STRENGTH = 0.3
 """Standard deviations of the three planted parts of the logit of liking."""
 
+MAINSTREAM = 0.6
+"""How much the first styles please everybody and the last ones nobody, in standard deviations of taste. It gives ids of
+one style something in common from the first step of training; without it a model of ids starts on a plateau.
+"""
+
 START = 1_700_000_000
 """First moment of the log, seconds since the epoch."""
 
@@ -121,7 +126,7 @@ def events_table(config: SynthesiseConfig, items: World, start: int, stop: int) 
 def user_events(config: SynthesiseConfig, items: World, user: int) -> dict[str, NDArray[Any]]:
     """One user's log: item (int64, from 0), time (int64 seconds, rising), rating (1 to 5) and the logit of liking."""
     rng = np.random.default_rng([config.seed, 1, user])
-    styles = _contrast(rng, config.styles)
+    styles = _contrast(rng, config.styles) + MAINSTREAM * np.linspace(1, -1, config.styles)
     topics = _contrast(rng, config.topics)
     chosen = _choose(rng, items, topics[0], _activity(rng, config))
     time = np.sort(rng.choice(config.days * _DAY, len(chosen), replace=False))

@@ -1,0 +1,42 @@
+"""What all tests share: ``sample_data`` is importable, real models are found or skipped, one prepared run."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other
+sys.path.insert(0, str(Path(__file__).parent))
+
+MODELS = Path(__file__).parents[2] / "shared" / "models"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> "type[RealModels]":
+    """``real_model.path(name)``: folder of a pretrained model; skips where there is none."""
+    return RealModels
+
+
+class RealModels:
+    @staticmethod
+    def path(name: str) -> str:
+        if not (MODELS / name / "config.json").exists():
+            pytest.skip(f"{MODELS / name} is absent: the test needs that pretrained model")
+        return str(MODELS / name)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with events, vectors, shards, a tiny backbone and a CRM; read it, or copy it before you write."""
+    from sample_data import small_config, write_run
+
+    from reclora_dist.train import stages
+    from reclora_dist.train.context import Context
+
+    run = tmp_path_factory.mktemp("prepared")
+    write_run(run)
+    config = small_config(run)
+    stages.train_backbone(config)
+    stages.train_crm(config, Context())
+    return run

@@ -1,0 +1,166 @@
+"""The command line's configuration: everything shipped composes, what is wrong is named with its remedy."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reclora_dist.cli.compose import CONFIGS, lenient, load
+from reclora_dist.config.load import ConfigError
+from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, SynthesiseConfig, TinyConfig
+from reclora_dist.ray_app.pipeline import check_config, plan
+
+OPTIONS = sorted(
+    f"{path.parent.relative_to(CONFIGS)}={path.stem}" for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS
+)
+
+
+def test_the_groups_are_there() -> None:
+    assert {option.partition("=")[0] for option in OPTIONS} >= {"adapters", "backbone", "data", "engine"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_shipped_option_composes(option: str) -> None:
+    config = load([option])
+    assert isinstance(config, Config)
+    group, _, name = option.partition("=")
+    if group == "engine":
+        stage = config.engine.zero_stage
+        assert config.engine == (EngineConfig(kind="torch") if name == "torch" else EngineConfig(zero_stage=stage))
+        assert name in ("torch", f"zero{stage}")
+    if group == "data":
+        check_config(config if config.synthesise else with_path(config))
+    if group == "backbone":
+        assert config.backbone.kind == name
+        assert ("backbone" in {stage.name for stage in plan(config)}) == (name == "tiny")
+    if group == "adapters":
+        check_config(config)
+
+
+def with_path(config: Config) -> Config:
+    source = dataclasses.replace(config.events.source, path="logs")
+    return dataclasses.replace(config, events=dataclasses.replace(config.events, source=source))
+
+
+def test_the_default_is_the_demo() -> None:
+    config = load()
+    check_config(config)
+    assert config.paths.run == "runs/demo"
+    assert config.synthesise == SynthesiseConfig()
+    assert config.engine == EngineConfig("deepspeed", 2)
+    assert config.ray.workers == 2
+    assert set(config.adapters) == {"lora", "uniform", "reclora"}
+    assert config.adapters["lora"] == LoraConfig(experts=1, gate="none")
+    assert config.compare == (("reclora", "lora"), ("reclora", "uniform"))
+    assert config.serve.check
+    stages = [stage.name for stage in plan(config)]
+    assert stages == [
+        "synthesise", "events", "backbone", "vectors", "histories", "shards", "crm",
+        "adapter lora", "adapter uniform", "adapter reclora", "evaluation", "service",
+    ]  # fmt: skip
+
+
+def test_what_no_file_sets_is_the_dataclasses_default() -> None:
+    config, default = load(), Config()
+    assert config.backbone.tiny == TinyConfig()
+    assert config.crm == default.crm
+    assert config.retrieval == default.retrieval
+
+
+def test_settings_and_groups_together() -> None:
+    config = load(
+        ["data=movielens_1m", "adapters=ilora", "engine=zero3", "events.source.path=ml", "adapters.ilora.rank=16",
+         "crm.dnn=[64,64]", "spark.conf={spark.executor.cores:2}", "ray.address=auto", "adapters.more.experts=2"]
+    )  # fmt: skip
+    assert config.events.source.kind == "movielens_1m"
+    assert config.events.source.path == "ml"
+    assert config.synthesise is None
+    assert config.engine.zero_stage == 3
+    assert config.adapters["ilora"].rank == 16
+    assert config.adapters["ilora"].mode == "outputs"
+    assert config.adapters["more"] == LoraConfig(experts=2)
+    assert config.crm.dnn == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("crm.embeding=8", "config crm.embeding = 8: no such key; did you mean 'crm.embedding'?"),
+        ("lora_trian.lr=1", "no such key; did you mean 'lora_train'?"),
+        ("synthesise.user=9", "config synthesise.user = 9: no such key; did you mean 'synthesise.users'?"),
+        ("adapters.reclora.expert=4", "no such key; did you mean 'adapters.reclora.experts'?"),
+        ("backbone.tiny.qqq=1", "no such key; known keys: hidden, layers, heads"),
+        ("crm.embedding=wide", "config crm.embedding = 'wide': input should be a valid integer"),
+        ("engine.zero_stage=4", "config engine.zero_stage = 4: input should be 0, 1, 2 or 3"),
+        ("events.split=by_user", "config events.split = 'by_user': input should be 'global_time' or 'per_user'"),
+        ("events.fractions=[0.8,0.2]", "config events.fractions"),
+        ("retrieval=recent", "config retrieval = 'recent'"),
+        ("crm_train=null", "config crm_train = None"),
+        ("adapters.reclora.gate=mean", "input should be 'crm', 'uniform' or 'none'"),
+    ],
+)
+def test_a_typo_or_a_wrong_type_is_named_with_its_remedy(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load([setting])
+    assert words in str(error.value)
+
+
+def test_every_problem_is_a_line() -> None:
+    with pytest.raises(ConfigError) as error:
+        load(["crm.embeding=8", "ray.workers=many", "evaluate.bins=3"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["compare=[[reclora,loraa]]"], "compare names 'loraa'; there are: crm, lora, reclora, running_averages, uniform"),
+        (["data=movielens_1m"], "events.source.path is empty; give the folder of the raw log"),
+        (["retrieval.short=99"], "retrieval.short 99 is above retrieval.long 60"),
+        (["crm_train.batch_size=7"], "crm_train.batch_size 7 is not a multiple of 2"),
+        (["lora_train.batch_size=64", "lora_train.micro_batch=24"], "lora_train.batch_size 64 is not a multiple of 48"),
+        (["ray.workers=3", "crm_train.batch_size=6", "lora_train.batch_size=8"], "lora_train.batch_size 8 is not a mult"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[str], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_config(load(settings))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "passed"),
+    [
+        ("crm.embedding=8", "++crm.embedding=8"),
+        ("typo.key=1", "++typo.key=1"),
+        ("paths.run=a=b", "++paths.run=a=b"),
+        ("data=goodreads", "data=goodreads"),
+        ("engine=zero3", "engine=zero3"),
+        ("hydra.run.dir=x", "hydra.run.dir=x"),
+        ("+new.key=1", "+new.key=1"),
+        ("++any.key=1", "++any.key=1"),
+        ("~synthesise", "~synthesise"),
+        ("--help", "--help"),
+        ("-m", "-m"),
+    ],
+)
+def test_lenient_lets_settings_pass_hydra_and_leaves_the_rest(argument: str, passed: str) -> None:
+    assert lenient(argument) == passed
+
+
+def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reclora_dist.cli.train", "crm.embeding=8", f"paths.run={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: config crm.embeding = 8: no such key; did you mean 'crm.embedding'?"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_without_its_input_says_which_stage_to_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reclora_dist.cli.train", f"paths.run={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "shards' has no manifest.json: the stage that writes 'reclora.shards' has not completed there" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,282 @@
+"""The training loop: an interrupted run ends as an undisturbed one, validation chooses, the learning rate's course."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sample_data import small_config, write_run
+from torch import Tensor, nn
+
+from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TrainConfig
+from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.schema import ADAPTER, CRM
+from reclora_dist.contract.storage import Folder
+from reclora_dist.telemetry import names
+from reclora_dist.telemetry.meters import NullMeters
+from reclora_dist.telemetry.names import Metric
+from reclora_dist.train import stages
+from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
+from reclora_dist.train.context import Context
+from reclora_dist.train.engine import StepResult, TorchEngine, build_optimiser, schedule
+from reclora_dist.train.loop import FitResult, Task, fit
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the run as soon as the checkpoint of ``step`` is complete."""
+    whole = CheckpointStore.save
+
+    def save(store: CheckpointStore, checkpoint: Checkpoint) -> None:
+        whole(store, checkpoint)
+        if checkpoint.step == step:
+            raise Killed
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    write_run(run)
+    return run
+
+
+def crm_config(run: Path, **changes: Any) -> Config:
+    base = small_config(run)
+    return dataclasses.replace(base, crm_train=dataclasses.replace(base.crm_train, **changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path) -> str:
+    """Content digest of the CRM that an uninterrupted run saves: weights, choice of checkpoint and history."""
+    stages.train_crm(crm_config(data), Context())
+    return read_manifest(Folder(str(data / "crm")), CRM).content_digest
+
+
+@pytest.mark.parametrize("step", [3, 6, 9, 10, 18, 20])
+def test_a_crm_run_that_was_killed_ends_like_the_undisturbed_one(
+    data: Path, undisturbed: str, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = crm_config(data)
+    kill_after(step, monkeypatch)
+    with pytest.raises(Killed):
+        stages.train_crm(config, Context())
+    monkeypatch.undo()
+    stages.train_crm(config, Context())
+    assert f"crm: resuming after step {step}" in capsys.readouterr().out
+    assert read_manifest(Folder(str(data / "crm")), CRM).content_digest == undisturbed
+    assert not (data / "checkpoints" / "crm").exists() or not list((data / "checkpoints" / "crm").iterdir())
+
+
+def test_a_micro_batched_adapter_run_that_was_killed_ends_like_the_undisturbed_one(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run)
+    base = small_config(run, engine=EngineConfig(kind="torch"))
+    train = dataclasses.replace(base.lora_train, micro_batch=16, validate_every=4)
+    config = dataclasses.replace(
+        base, lora_train=train, adapters={"reclora": LoraConfig(experts=3, rank=2, dropout=0.1)}
+    )
+    folder = Folder(str(run / "adapters" / "reclora"))
+    stages.train_adapter(config, "reclora", Context())
+    expected = read_manifest(folder, ADAPTER).content_digest
+    kill_after(6, monkeypatch)
+    with pytest.raises(Killed):
+        stages.train_adapter(config, "reclora", Context())
+    monkeypatch.undo()
+    stages.train_adapter(config, "reclora", Context())
+    assert read_manifest(folder, ADAPTER).content_digest == expected
+
+
+def test_a_checkpoint_of_another_config_is_not_taken_up(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kill_after(3, monkeypatch)
+    with pytest.raises(Killed):
+        stages.train_crm(crm_config(data, lr=1e-3), Context())
+    monkeypatch.undo()
+    capsys.readouterr()
+    stages.train_crm(crm_config(data, lr=5e-4, epochs=1), Context())
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_micro_batches_give_the_whole_batchs_step(data: Path) -> None:
+    def step(parts: int) -> tuple[StepResult, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        train = TrainConfig(lr=0.1, clip=0.5)
+        engine = TorchEngine(model, build_optimiser(model, train), mean_square, train, Context())
+        x = torch.arange(24.0).view(6, 4)
+        return engine.step(list(x.chunk(parts)), 1.0), model.weight.detach()
+
+    (whole, weight), (parts, other) = step(1), step(3)
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
+    assert whole.gradient_norm == pytest.approx(parts.gradient_norm, rel=1e-5)
+    torch.testing.assert_close(weight, other)
+
+
+def mean_square(output: Tensor, batch: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+class Counted:
+    """An engine whose only parameter is the number of its steps; notes what it was told."""
+
+    def __init__(self) -> None:
+        self.model = nn.Identity()
+        self.value = 0.0
+        self.scales: list[float] = []
+        self.draws: list[float] = []
+
+    def step(self, micro_batches: Any, scale: float) -> StepResult:
+        self.value += 1
+        self.scales.append(scale)
+        self.draws.append(float(torch.rand(())))
+        return StepResult(1.0, 1.0)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"parameter/w": torch.tensor(self.value), "exp_avg/w": torch.zeros(()), "exp_avg_sq/w": torch.zeros(())}
+
+    def restore(self, state: Mapping[str, Tensor], steps: int, batch: Any) -> None:
+        self.value = float(state["parameter/w"])
+
+
+def counted(
+    folder: Path, aucs: list[float], train: TrainConfig, context: Context | None = None, resume: bool = False
+) -> tuple[Counted, FitResult]:
+    """Fit a ``Counted`` engine for epochs of 5 steps; validation gives ``aucs`` one after the other."""
+    engine, results = Counted(), iter(aucs)
+    store = CheckpointStore(Folder(str(folder)), "d")
+
+    def batches(epoch: int, start: int) -> Iterator[list[int]]:
+        return iter([[epoch * 5 + step] for step in range(start, 5)])
+
+    task = Task("counted", engine, 5, batches, lambda: next(results))
+    return engine, fit(task, train, context or Context(), store, store.latest() if resume else None)
+
+
+def test_validation_chooses_the_parameters(tmp_path: Path) -> None:
+    _, result = counted(tmp_path, [0.6, 0.8, 0.7, 0.8], TrainConfig(epochs=4))
+    assert result.parameters == {"parameter/w": torch.tensor(10.0)}, "the second of four; a tie changes nothing"
+    assert result.progress.best_step == 10
+    assert [entry["validation_auc"] for entry in result.progress.history] == [0.6, 0.8, 0.7, 0.8]
+    assert [entry["step"] for entry in result.progress.history] == [5, 10, 15, 20]
+    assert result.steps == 20
+
+
+def test_the_choice_survives_a_restart(tmp_path: Path) -> None:
+    with pytest.raises(StopIteration):
+        counted(tmp_path, [0.8, 0.7], TrainConfig(epochs=4, checkpoint_every=3))
+    engine, result = counted(tmp_path, [0.6, 0.7], TrainConfig(epochs=4, checkpoint_every=3), resume=True)
+    assert result.parameters == {"parameter/w": torch.tensor(5.0)}
+    assert len(engine.scales) == 8, "it went on after the checkpoint of step 12"
+
+
+def test_random_draws_depend_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
+    train = TrainConfig(epochs=2, checkpoint_every=3)
+    whole, _ = counted(tmp_path / "a", [0.5, 0.6], train)
+    with pytest.raises(StopIteration):
+        counted(tmp_path / "b", [0.5], train)
+    rest, _ = counted(tmp_path / "b", [0.6], train, resume=True)
+    assert rest.draws == whole.draws[9:]
+    assert len(set(whole.draws)) == 10
+    other, _ = counted(tmp_path / "c", [0.5, 0.6], dataclasses.replace(train, seed=1))
+    second, _ = counted(tmp_path / "d", [0.5, 0.6], train, Context(rank=1))
+    assert not set(whole.draws) & set(other.draws) | set(whole.draws) & set(second.draws)
+
+
+def test_only_the_leading_worker_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counted(tmp_path, [0.5], TrainConfig(), Context(rank=1))
+    assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().out
+
+
+class Heard(NullMeters):
+    def __init__(self) -> None:
+        self.heard: dict[str, list[float]] = {}
+
+    def _hear(self, metric: Metric, value: float = 1.0, /, **labels: str) -> None:
+        assert labels == {"stage": "counted"}
+        self.heard.setdefault(metric.name, []).append(value)
+
+    add = set = observe = _hear
+
+
+def test_metrics_and_reports(tmp_path: Path) -> None:
+    meters, reports = Heard(), list[Mapping[str, float]]()
+    train = TrainConfig(epochs=2, batch_size=8, log_every=4, lr=1e-2)
+    counted(tmp_path, [0.5, 0.6], train, Context(meters=meters, report=reports.append))
+    assert meters.heard[names.TRAIN_STEPS.name] == [1.0] * 10
+    assert sum(meters.heard[names.TRAIN_SAMPLES.name]) == 80
+    assert meters.heard[names.TRAIN_VALIDATION_AUC.name] == [0.5, 0.6]
+    assert len(meters.heard[names.TRAIN_LOSS.name]) == 3, "steps 4, 8 and the last"
+    assert [report["step"] for report in reports] == [5, 10]
+
+
+def test_learning_rate_rises_then_falls_in_a_line() -> None:
+    train = TrainConfig(warmup=0.1, final_lr=0.2)
+    course = [schedule(step, 100, train) for step in range(100)]
+    assert course[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert course[10] == pytest.approx(1.0)
+    falls = [a - b for a, b in zip(course[10:], course[11:], strict=False)]
+    assert falls == pytest.approx([falls[0]] * 89)
+    assert 0.2 < course[-1] < 0.22
+    assert schedule(0, 1, train) == 1.0
+
+
+def test_banks_and_gates_have_learning_rates_of_their_own(prepared: Path) -> None:
+    base = small_config(prepared)
+    train = dataclasses.replace(base.lora_train, lr=1e-3, bank_lr=2e-3, gate_lr=3e-3, weight_decay=0.1)
+    from reclora_dist.crm.build import load_crm
+    from reclora_dist.lora.model import parameter_role
+
+    crm = Folder(str(prepared / "crm"))
+    model = stages.build_model(base, base.adapters["reclora"], load_crm(crm, read_manifest(crm, CRM)))
+    optimiser = build_optimiser(model, train, parameter_role)
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    found = {by_id[id(p)]: group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert {lr for name, lr in found.items() if ".bank." in name} == {2e-3}
+    assert {lr for name, lr in found.items() if name.startswith("gates.")} == {3e-3}
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {group["weight_decay"] for group in optimiser.param_groups} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("train", "workers", "words"),
+    [
+        (TrainConfig(batch_size=64), 3, "batch_size 64 is not a multiple of 3 .*; take 63"),
+        (TrainConfig(batch_size=64, micro_batch=24), 2, "batch_size 64 is not a multiple of 48 .*; take 48"),
+        (TrainConfig(batch_size=2, micro_batch=4), 2, "batch_size 2 is not a multiple of 8 .*; take 8"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(train: TrainConfig, workers: int, words: str) -> None:
+    with pytest.raises(ValueError, match=f"lora_train.{words}"):
+        stages.check(train, workers, "lora_train")
+    stages.check(TrainConfig(batch_size=64, micro_batch=16), 2, "lora_train")
+    stages.check(TrainConfig(batch_size=7), 0, "lora_train")
+
+
+def test_one_label_in_validation_is_an_error(tmp_path: Path) -> None:
+    write_run(tmp_path, users=12, events=18)
+    config = crm_config(tmp_path, batch_size=16, epochs=1)
+    import reclora_dist.data.collate as collate
+
+    whole = collate.crm_batch
+
+    def all_liked(table: Any) -> Any:
+        rows = whole(table)
+        return dataclasses.replace(rows, label=torch.ones_like(rows.label))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "crm_batch", all_liked)
+        with pytest.raises(ValueError, match=r"all \d+ validation labels are 1; AUC needs both, take more samples"):
+            stages.train_crm(config, Context())

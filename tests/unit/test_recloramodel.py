@@ -1,0 +1,209 @@
+"""RecLora as a whole: the CRM stays as it is, the mixture is its, and the score is the full model's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from reclora_dist.backbone.load import Backbone, load_backbone, load_tokenizer
+from reclora_dist.backbone.tiny import build, train_tokenizer
+from reclora_dist.config.schema import BackboneConfig, CrmConfig, LoraConfig, TinyConfig
+from reclora_dist.crm.batch import CrmBatch
+from reclora_dist.crm.sim import Sim, Vocabulary
+from reclora_dist.lora.batch import TextBatch
+from reclora_dist.lora.model import RecLora, parameter_role
+
+WORDS = BackboneConfig()
+LORA = LoraConfig(experts=3, rank=2, gate_hidden=5, temperature=1.0)
+
+
+def crm() -> Sim:
+    torch.manual_seed(0)
+    config = CrmConfig(embedding=4, attention=(6,), dnn=(8, 8), dropout=0.3, embedding_dropout=0.3)
+    return Sim(config, Vocabulary(9, 5, 5, (2,), (3,)), torch.randint(1, 4, (10, 1)))
+
+
+def text_batch(vocabulary: int = 50, size: int = 4, length: int = 6) -> TextBatch:
+    torch.manual_seed(1)
+    lengths = torch.randint(2, length + 1, (size,))
+    steps = torch.randint(1, 7, (size,))
+    real = torch.arange(6) < steps[:, None]
+    rows = CrmBatch(
+        sample_id=torch.arange(size),
+        item=torch.randint(1, 10, (size,)),
+        user=torch.randint(1, 6, (size,)),
+        label=torch.randint(0, 2, (size,)).float(),
+        user_fields=torch.randint(0, 3, (size, 1)),
+        statistics=torch.tensor([9, 3, 7, 2]) * torch.randint(0, 9, (size, 1)).float(),  # likes are events too
+        items=torch.randint(1, 10, (size, 6)) * real,
+        levels=torch.randint(1, 6, (size, 6)) * real,
+        length=steps,
+    )
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return TextBatch(rows, torch.randint(3, vocabulary, (size, length)) * mask, mask, lengths - 1)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return build(TinyConfig(hidden=16, layers=2, heads=2), 50)
+
+
+def model(lora: LoraConfig = LORA, encoder: bool = False) -> RecLora:
+    causal = llama()
+    rows = None if encoder else causal.get_output_embeddings().weight.detach()[[7, 9]].clone()
+    torch.manual_seed(3)
+    found = RecLora(Backbone(causal.get_decoder(), rows, 16), crm(), WORDS, lora)
+    for bank in found.banks.values():
+        nn.init.normal_(bank.B, std=0.5)
+    return found
+
+
+def test_the_crm_stays_in_eval_mode_and_is_no_parameter() -> None:
+    personal, batch = model(), text_batch()
+    before = {name: value.clone() for name, value in personal.crm.state_dict().items()}
+    personal.train()
+    assert not any(module.training for module in personal.crm.modules())
+    assert personal.training
+    state = personal.crm(batch.crm).state
+    assert torch.equal(personal.crm(batch.crm).state, state), "no dropout"
+    nn.functional.cross_entropy(personal(batch), batch.label.long()).backward()
+    assert all(p.grad is None and not p.requires_grad for p in personal.crm.parameters())
+    assert all(torch.equal(personal.crm.state_dict()[name], value) for name, value in before.items())
+    own = {id(p) for p in personal.crm.parameters()}
+    assert not own & {id(p) for p in personal.parameters()}
+    assert not any("crm" in name for name in personal.state_dict())
+
+
+def test_all_banks_and_gates_get_gradients_and_nothing_else() -> None:
+    personal, batch = model(), text_batch()
+    nn.functional.cross_entropy(personal(batch), batch.label.long()).backward()
+    reached = {name for name, p in personal.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {name for name, p in personal.named_parameters() if p.requires_grad}
+    assert {parameter_role(name) for name in reached} == {"bank", "gate"}
+    assert all(name.startswith("gates.") or ".bank." in name for name in reached)
+
+
+def test_the_mixture_follows_the_crms_state() -> None:
+    personal, batch = model().eval(), text_batch()
+    mixture = personal.mixture(batch)
+    assert mixture is not None
+    assert mixture.shape == (4, 4, 3)
+    assert personal.gates is not None
+    torch.testing.assert_close(mixture, personal.gates(personal.crm(batch.crm).state))
+    assert not torch.allclose(mixture[:, 0], mixture[:, 1]), "samples differ"
+    assert not torch.allclose(mixture[0], mixture[1]), "matrices differ"
+
+
+def test_the_crm_moves_with_the_model() -> None:
+    personal = model().double()
+    assert personal.crm.logit.weight.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_gradients_are_the_same_with_gradient_checkpointing() -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        personal, batch = model(LoraConfig(experts=3, rank=2, gate_hidden=5, gate_dropout=0.0)), text_batch()
+        if checkpointing:
+            personal.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        nn.functional.cross_entropy(personal.train()(batch), batch.label.long()).backward()
+        return {name: p.grad for name, p in personal.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name], msg=name)
+
+
+def test_a_uniform_gate_is_the_average_bank() -> None:
+    uniform = model(LoraConfig(experts=3, rank=2, gate="uniform")).eval()
+    plain = model(LoraConfig(experts=1, rank=2, gate="none")).eval()
+    for name, bank in uniform.banks.items():
+        plain.banks[name].A.data = bank.A.data.mean(0, keepdim=True)
+        plain.banks[name].B.data = bank.B.data.mean(0, keepdim=True)
+    assert uniform.gates is None
+    torch.testing.assert_close(uniform(text_batch()), plain(text_batch()))
+
+
+def test_plain_lora_is_one_expert_without_gate() -> None:
+    plain = model(LoraConfig(experts=1, rank=2, gate="none")).eval()
+    gated = model(LoraConfig(experts=1, rank=2, gate="crm")).eval()
+    for name, bank in plain.banks.items():
+        gated.banks[name].load_state_dict(bank.state_dict())
+    assert plain.mixture(text_batch()) is None
+    torch.testing.assert_close(plain(text_batch()), gated(text_batch()))
+
+
+def test_several_experts_need_a_gate() -> None:
+    with pytest.raises(ValueError, match="gate 'none' needs experts = 1, not 3; or take gate 'uniform'"):
+        model(LoraConfig(experts=3, gate="none"))
+
+
+def test_new_banks_leave_the_backbones_logits() -> None:
+    personal, batch = model().eval(), text_batch()
+    for bank in personal.banks.values():
+        nn.init.zeros_(bank.B)
+    causal = llama().eval()
+    full = causal(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(personal(batch), full[torch.arange(4), batch.last][:, [7, 9]])
+
+
+def test_right_padding_changes_no_logit() -> None:
+    for encoder in (False, True):  # the decoder stands in for an encoder: what matters is the pooling
+        personal, batch = model(encoder=encoder).eval(), text_batch()
+        for row in range(len(batch)):
+            own = int(batch.last[row]) + 1
+            alone = TextBatch(
+                CrmBatch(**{k: v[row : row + 1] for k, v in vars(batch.crm).items()}),
+                batch.input_ids[row : row + 1, :own],
+                batch.attention_mask[row : row + 1, :own],
+                batch.last[row : row + 1],
+            )
+            torch.testing.assert_close(personal(alone)[0], personal(batch)[row])
+
+
+def test_a_loaded_causal_model_scores_as_the_full_one(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["Yes or No: will they like it?"] * 50, 300)
+    causal = build(TinyConfig(hidden=16, layers=2, heads=2), len(tokenizer))
+    causal.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneConfig(), str(tmp_path)).eval()
+    assert_full_softmax(backbone, tmp_path, len(tokenizer))
+
+
+def test_a_real_llama_scores_as_the_full_one(real_model: Any) -> None:
+    path = Path(real_model.path("stories260K"))
+    assert_full_softmax(load_backbone(BackboneConfig(kind="causal"), str(path)).eval(), path, 500)
+
+
+def assert_full_softmax(backbone: Backbone, path: Path, vocabulary: int) -> None:
+    """The backbone's two logits, soft-maxed, are the full softmax restricted to the answers."""
+    tokenizer = load_tokenizer(str(path))
+    answers = []
+    for word in ("No", "Yes"):
+        first = next(i for i in tokenizer(f" {word}", add_special_tokens=False)["input_ids"] if tokenizer.decode([i]).strip())
+        answers.append(first)
+    batch = text_batch(vocabulary)
+    full = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    logits = full(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    every = torch.softmax(logits[torch.arange(4), batch.last], -1)[:, answers]
+    ours = torch.softmax(backbone(batch.input_ids, batch.attention_mask, batch.last), -1)
+    torch.testing.assert_close(ours, every / every.sum(-1, keepdim=True))
+    assert not any(parameter.shape[0] == 2 for parameter in backbone.parameters()), "no head is trained"
+
+
+def test_an_encoder_has_a_trained_head(real_model: Any) -> None:
+    path = real_model.path("all-MiniLM-L6-v2")
+    config = BackboneConfig(kind="encoder", targets=("query", "value"), top_layers=2)
+    backbone, twin = load_backbone(config, path), load_backbone(config, path)
+    assert backbone.head is not None
+    assert twin.head is not None
+    assert torch.equal(backbone.head.weight, twin.head.weight), "the seed sets where the head starts"
+    personal, batch = RecLora(backbone, crm(), config, LORA), text_batch(1000)
+    personal(batch).square().mean().backward()
+    reached = {name for name, p in personal.named_parameters() if p.grad is not None}
+    assert {"backbone.head.weight", "backbone.head.bias"} <= reached
+    assert parameter_role("backbone.head.weight") == "other"
+    assert len(personal.banks) == 4
