@@ -30,7 +30,7 @@ def parser(
         epilog=f"settings (--set KEY=VALUE, or --config):\n{_settings(config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--config", default="{}", metavar="JSON", help="settings: a JSON object, or a file that holds one")
+    result.add_argument("--config", default="{}", metavar="JSON", help="settings: a JSON object, or a file of one")
     result.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="one setting, e.g. k_core=10"
     )
@@ -49,10 +49,12 @@ def _add_spark(result: argparse.ArgumentParser) -> None:
         "--shuffle-partitions", type=int, default=defaults.shuffle_partitions, metavar="N",
         help="partitions of a shuffle; the result does not depend on it (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--driver-memory", default=defaults.driver_memory, help="driver's JVM heap (default: %(default)s)")
+    group.add_argument(
+        "--driver-memory", default=defaults.driver_memory, help="heap of the driver (default: %(default)s)"
+    )
     group.add_argument("--conf", action="append", default=[], metavar="K=V", help="any further Spark property")
     group = result.add_argument_group("metrics")
-    group.add_argument("--metrics-file", default="", metavar="PATH", help="write the job's metrics there (Prometheus text)")
+    group.add_argument("--metrics-file", default="", metavar="PATH", help="write the metrics there (Prometheus text)")
     group.add_argument("--metrics-port", type=int, default=0, metavar="PORT", help="serve them on 127.0.0.1 meanwhile")
 
 
@@ -105,5 +107,5 @@ def _walk(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             continue
         default = field.default if field.default is not dataclasses.MISSING else None
         shown = json.dumps(default)
-        choices = f" ({' | '.join(map(str, typing.get_args(kind)))})" if typing.get_origin(kind) is typing.Literal else ""
-        yield f"{prefix}{field.name}={shown}", f"{field.metadata['help']}{choices}"
+        words = " | ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal else ""
+        yield f"{prefix}{field.name}={shown}", field.metadata["help"] + (f" ({words})" if words else "")

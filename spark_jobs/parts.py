@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -33,7 +34,8 @@ def write_parts(
     Content and names depend on the rows alone, not on how Spark happens to partition them.
     """
     spread = frame.repartitionById(_partitions(frame.sparkSession), "part").sortWithinPartitions("part", *order)
-    return collect_entries(spread.select("part", *schema.names).mapInArrow(partial(_write, folder, prefix, schema), ENTRY))
+    write = partial(_write, folder, prefix, schema)
+    return collect_entries(spread.select("part", *schema.names).mapInArrow(write, ENTRY))
 
 
 def part_of(key: str, rows: int, rows_per_part: int = ROWS_PER_PART) -> Column:
@@ -65,7 +67,9 @@ def entry_batch(entries: Iterable[FileEntry]) -> pa.RecordBatch:
     )
 
 
-def each_part(spark: SparkSession, count: int, work: Callable[[int], Iterable[pa.RecordBatch]], schema: str) -> DataFrame:
+def each_part(
+    spark: SparkSession, count: int, work: Callable[[int], Iterable[pa.RecordBatch]], schema: str
+) -> DataFrame:
     """Run ``work(index)`` for every index below ``count``, each in a task of its own; its batches are the rows."""
     return spark.range(0, count, 1, max(count, 1)).mapInArrow(partial(_each, work), schema)
 
@@ -115,7 +119,7 @@ def _by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]
     for batch in batches:
         parts = batch.column("part").to_numpy()
         cuts = [0, *((parts[1:] != parts[:-1]).nonzero()[0] + 1).tolist(), len(parts)]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             if start == stop:
                 continue
             if held and held[0].column("part")[0].as_py() != parts[start]:

@@ -36,7 +36,8 @@ def check_share(counts: Mapping[str, int], rows: int, limit: float) -> None:
         raise ValueError("the log has no event: look at source.path and source.events")
     bad = sum(counts.values())
     if bad > limit * rows:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+        most = sorted(counts.items(), key=lambda pair: -pair[1])
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in most)
         raise ValueError(
             f"{bad:,} of {rows:,} event rows ({bad / rows:.1%}) are bad, max_quarantined = {limit:g} ({reasons}). "
             "Correct the source's settings or the log, or raise max_quarantined."

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 ROWS_PER_GROUP = 20_000
-RESULT = "path string, row_groups array<bigint>, bytes bigint, sha256 string, " + ", ".join(f"{s} bigint" for s in SPLITS)
+RESULT = ", ".join(
+    ["path string, row_groups array<bigint>, bytes bigint, sha256 string", *[f"{s} bigint" for s in SPLITS]]
+)
 """Spark schema of a written file and its rows per split."""
 
 

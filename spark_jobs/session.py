@@ -2,12 +2,15 @@
 
 import io
 import os
+import re
 import sys
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +39,22 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         if key not in given:
             settings.set(key, value)
     spark = SparkSession.builder.appName(f"reclora {job}").config(conf=settings).getOrCreate()
-    if not spark.sparkContext.master.startswith("local"):
+    if not is_local(spark):
         spark.sparkContext.addPyFile(str(_archive()))
     return spark
+
+
+def cause(error: PySparkException) -> str:
+    """What our own code, or Spark's check of CSV headers, had to say on an executor; empty if it was something else."""
+    text = str(error)
+    ours = re.findall(r"^(?:reclora_dist\.[\w.]*Error|ValueError): (.*)$", text, re.MULTILINE)
+    header = re.search(r"(CSV header does not conform to the schema\.\s*Header: .*\s*Schema: .*)", text)
+    return ours[-1] if ours else " ".join(header[1].split()) + ". Give all files the same columns." if header else ""
+
+
+def is_local(spark: SparkSession) -> bool:
+    """Whether all of Spark is this process's own."""
+    return str(spark.sparkContext.master).startswith("local")
 
 
 def _local() -> dict[str, str]:
@@ -68,8 +84,6 @@ def _submitted() -> dict[str, str]:
 
 def _archive() -> Path:
     """This package and the light rooms of ``reclora_dist`` as a zip, for executors that have no checkout."""
-    import tempfile
-
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for package in ("reclora_dist", "spark_jobs"):

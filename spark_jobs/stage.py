@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reclora_dist.config.load import build
-from reclora_dist.contract.manifest import FileEntry, Format, Manifest, commit, digest, is_current, read_manifest
+from reclora_dist.contract.manifest import (
+    ContractError,
+    FileEntry,
+    Format,
+    Manifest,
+    commit,
+    digest,
+    is_current,
+    read_manifest,
+)
 from reclora_dist.contract.storage import Folder
 from spark_jobs import arguments
 from spark_jobs.metrics import JobMetrics
@@ -74,7 +83,7 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
 
 def _run(job: Job, given: Any) -> None:
     began = time.monotonic()
-    config = build(job.config, arguments.settings(given.config, given.settings))
+    config: Any = build(job.config, arguments.settings(given.config, given.settings))
     config, inputs = job.prepare(config, open_inputs(job, {name: getattr(given, name) for name in job.inputs}))
     out = Folder(given.out)
     metrics = JobMetrics(job.name, given.metrics_port)
@@ -101,6 +110,8 @@ def open_inputs(job: Job, uris: Mapping[str, str]) -> Inputs:
 
 def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> Manifest:
     """Start Spark, run the job and commit its result."""
+    from pyspark.errors import PySparkException
+
     from spark_jobs import session
 
     began = time.monotonic()
@@ -110,9 +121,15 @@ def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> M
     say(job.name, f"Spark {spark.version} on {spark.sparkContext.master} after {time.monotonic() - began:.1f} s")
     try:
         manifest = publish(job, config, inputs, out, job.run(spark, config, inputs, out))
+    except PySparkException as error:
+        told = session.cause(error)
+        if told:
+            raise ContractError(told) from error
+        raise
     finally:
         spark.stop()
-    say(job.name, f"{manifest.rows():,} rows in {len(manifest.files)} files, {time.monotonic() - began:.1f} s -> {out.uri}")
+    seconds = time.monotonic() - began
+    say(job.name, f"{manifest.rows():,} rows in {len(manifest.files)} files, {seconds:.1f} s -> {out.uri}")
     return manifest
 
 

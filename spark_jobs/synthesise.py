@@ -48,7 +48,8 @@ def run(spark: "SparkSession", config: SynthesiseConfig, inputs: Inputs, out: Fo
     count = -(-config.users // users_per_part)
     files = collect_entries(each_part(spark, count, partial(_write, out, config, users_per_part), ENTRY))
     files.append(write_part(out, "items/", 0, generator.world(config).items, ROWS_PER_GROUP))
-    counts = {table: sum(f.rows for f in files if f.path.startswith(f"{table}/")) for table in ("events", "items", "users")}
+    tables = ("events", "items", "users")
+    counts = {table: sum(f.rows for f in files if f.path.startswith(f"{table}/")) for table in tables}
     say("synthesise", ", ".join(f"{table} {rows:,}" for table, rows in counts.items()))
     return Output(files, {"counts": counts})
 

@@ -33,7 +33,9 @@ def check(config: ShardsConfig, inputs: Inputs) -> tuple[ShardsConfig, Inputs]:
         ContractError: the histories were made from another events dataset.
     """
     if min(config.rows_per_file, config.rows_per_group) < 1:
-        raise ValueError(f"rows_per_file = {config.rows_per_file}, rows_per_group = {config.rows_per_group}: at least 1")
+        raise ValueError(
+            f"rows_per_file = {config.rows_per_file} and rows_per_group = {config.rows_per_group} start at 1"
+        )
     if min(config.text_train, config.text_validation, config.text_test) < 0:
         raise ValueError("text_train, text_validation and text_test are shares or numbers, not negative ones")
     made_from = inputs.manifests["histories"].parents.get("events", "")

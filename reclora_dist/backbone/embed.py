@@ -17,7 +17,7 @@ class TextEncoder:
 
     def __init__(self, path: str, max_tokens: int) -> None:
         self.tokenizer = load_tokenizer(path)
-        self.model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
         self.max_tokens = max_tokens
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

@@ -65,9 +65,9 @@ def load_backbone(config: BackboneConfig, path: str) -> Backbone:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)  # an encoder's two-class head starts from here
     if config.kind == "encoder":
-        encoder = AutoModel.from_pretrained(path, dtype=dtype)
+        encoder = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
         return Backbone(encoder, None, encoder.config.hidden_size)
-    causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
     return Backbone(causal.get_decoder(), rows, causal.config.hidden_size)
 

@@ -63,8 +63,6 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
     Raises:
         ConfigError: a setting has no ``=``.
     """
-    import yaml
-
     result = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     for setting in settings:
         key, sign, text = setting.partition("=")
@@ -74,5 +72,15 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
         place = result
         for name in parents:
             place = place.setdefault(name, {})
-        place[last] = yaml.safe_load(text)
+        place[last] = _value(text)
     return result
+
+
+def _value(text: str) -> Any:
+    """A setting's value: nothing is the empty text, what is no YAML (such as a template with braces) is itself."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text

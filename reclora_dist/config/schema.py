@@ -15,9 +15,9 @@ def knob(default: Any, text: str) -> Any:
 
 
 class Section:
-    """Base of all sections: an unknown key is an error (read by pydantic)."""
+    """Base of all sections: an unknown key is an error, a number is a fine string (read by pydantic)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class SynthesiseConfig(Section):
     """The generated log of the demo: planted personal tastes, drift and item text."""
 
     users: int = knob(1500, "number of users")
-    items: int = knob(1000, "number of items")
+    items: int = knob(400, "number of items")
     events_per_user: int = knob(60, "mean number of events per user (power law)")
     days: int = knob(60, "days the log spans")
-    topics: int = knob(12, "topics that an item's text names")
-    styles: int = knob(6, "hidden styles of items that no text names; only who liked what shows them")
+    topics: int = knob(8, "topics that an item's text names")
+    styles: int = knob(3, "hidden styles of items that no text names; only who liked what shows them")
     drift: float = knob(0.3, "share of a user's taste that moves from the first day to the last")
     noise: float = knob(0.5, "standard deviation of the noise on the logit of liking")
     seed: int = knob(0, "seed of the generator")

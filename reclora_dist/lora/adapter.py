@@ -14,7 +14,7 @@ from reclora_dist.backbone.load import load_backbone
 from reclora_dist.config.load import build
 from reclora_dist.config.schema import BackboneConfig, LoraConfig, PromptConfig, RetrievalConfig
 from reclora_dist.contract.manifest import ContractError, Manifest, add_file, commit, read_manifest, verified
-from reclora_dist.contract.schema import ADAPTER
+from reclora_dist.contract.schema import ADAPTER, BACKBONE
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import crm_files, load_crm
 from reclora_dist.lora.model import RecLora
@@ -94,15 +94,28 @@ def load_adapter(folder: Folder) -> tuple[RecLora, AdapterConfig]:
     """The model of an adapter folder, in eval mode.
 
     Raises:
-        ContractError: the folder is damaged, or its weights do not fit the backbone that its config names.
+        ContractError: the folder is damaged, or the backbone that its config names is not the one it was trained on.
     """
     config, manifest = read_adapter_config(folder)
+    _check_backbone(folder, config, manifest.parents)
     entry = next(e for e in manifest.files if e.path == WEIGHTS)
     parameters = load(verified(folder, entry))
     backbone = load_backbone(config.backbone, resolved_backbone(folder, config))
     model = RecLora(backbone, load_crm(folder, manifest), config.backbone, config.lora)
     load_trained(model, parameters, folder.uri)
     return model.eval(), config
+
+
+def _check_backbone(folder: Folder, config: AdapterConfig, parents: Mapping[str, str]) -> None:
+    """A run's own backbone may have been trained again: other weights of the same shapes would score, and badly."""
+    if "backbone" not in parents:
+        return
+    found = read_manifest(folder.resolve(config.backbone_path), BACKBONE).content_digest
+    if found != parents["backbone"]:
+        raise ContractError(
+            f"adapter {config.name!r} was trained with backbone {parents['backbone'][:12]}…, but "
+            f"{config.backbone_path!r} now holds {found[:12]}…; train the adapter again or restore the backbone"
+        )
 
 
 def resolved_backbone(folder: Folder, config: AdapterConfig) -> str:

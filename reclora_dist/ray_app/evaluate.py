@@ -94,7 +94,7 @@ def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
 def split_rows(config: Config, split: str) -> pa.Table:
     """The text rows of a split: what every model is compared on."""
     shards = manifest(config, "shards", SHARDS)
-    return read_parts(folder(config, "shards"), shards.select(f"text/split={split}/"), TEXT_COLUMNS)
+    return read_parts(folder(config, "shards"), shards.select(f"text/split={split}/"), [*TEXT_COLUMNS, "time"])
 
 
 def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:

@@ -1,12 +1,8 @@
 """Ray Train around a training stage: workers, process group, metrics, restarts."""
 
-import os
-import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +59,6 @@ def _trainer(config: Config, stage: str, adapter: str, scratch: str) -> TorchTra
 def _worker(job: Mapping[str, Any]) -> None:
     config: Config = job["config"]
     torch.set_num_threads(config.ray.threads)
-    _find_ninja()
     # DeepSpeed calls torch.distributed by names that torch has since replaced: once per rank and step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank = train.get_context().get_world_rank()
@@ -83,8 +78,3 @@ def _run(config: Config, stage: str, adapter: str, context: Context) -> None:
     else:
         stages.train_adapter(config, adapter, context)
 
-
-def _find_ninja() -> None:
-    """DeepSpeed compiles its ops at first use with ninja, which a virtual environment does not put on the PATH."""
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

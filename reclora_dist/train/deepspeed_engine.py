@@ -1,8 +1,11 @@
 """Everything that imports DeepSpeed: ZeRO stages 0 to 3 over a frozen base with trainable adapters."""
 
 import fcntl
+import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,9 @@ class DeepSpeedEngine:
     ) -> None:
         per_worker = config.batch_size // context.world
         micro = config.micro_batch or per_worker
-        build_communication_op()
-        deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo", verbose=False)
+        with redirect_stdout(io.StringIO()):  # every process would print that its op is built
+            build_communication_op()
+            deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo", verbose=False)
         settings = deepspeed_config(engine, micro, per_worker // micro, config.clip, bfloat16)
         # torch's own AdamW is passed in: naming it in the config would compile a fused one first
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=settings)
@@ -124,6 +128,7 @@ def build_communication_op() -> None:
     """
     if get_accelerator().device_name() != "cpu":
         return
+    _prefer_own_ninja()
     root = Path(get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "reclora_dist.lock", "w") as guard:
@@ -131,6 +136,13 @@ def build_communication_op() -> None:
         for left_over in root.rglob("deepspeed_shm_comm/lock"):
             left_over.unlink()
         build_shm_op()
+
+
+def _prefer_own_ninja() -> None:
+    """Put this environment's ninja first: one ninja rebuilds whatever another has built, a minute each time."""
+    own = Path(sys.executable).parent
+    if (own / "ninja").exists() and not os.environ["PATH"].startswith(str(own)):
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
 
 
 def deepspeed_config(

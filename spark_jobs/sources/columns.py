@@ -52,9 +52,7 @@ def columns(spark: SparkSession, folder: Folder, source: SourceConfig) -> RawLog
     return RawLog(events, items, users, *fields, clock=bool(source.time))
 
 
-def _profile(
-    spark: SparkSession, folder: Folder, source: SourceConfig, name: str, kind: str
-) -> DataFrame | None:
+def _profile(spark: SparkSession, folder: Folder, source: SourceConfig, name: str, kind: str) -> DataFrame | None:
     """The item or user table: its id, for items the title, and its fields."""
     fields = source.item_fields if kind == "item" else source.user_fields
     if not name:
@@ -103,11 +101,12 @@ def _check(
     there = [column for column in frame.columns if column not in (CORRUPT, PLACE)]
     if name not in there:
         raise ValueError(
-            f"{table!r} in {folder.uri!r} has no column {name!r}; there are: {', '.join(there)}. Set {key} to one of them."
+            f"{table!r} in {folder.uri!r} has no column {name!r}; there are: {', '.join(there)}. "
+            f"Set {key} to one of them."
         )
     kind = frame.schema[name].dataType
     if not isinstance(kind, tuple(kinds)):
         raise ValueError(
-            f"column {name!r} of {table!r} in {folder.uri!r} has type {kind.simpleString()}, which cannot serve as {key}. "
-            "Name another column, or convert it first."
+            f"column {name!r} of {table!r} in {folder.uri!r} has type {kind.simpleString()}, which cannot serve "
+            f"as {key}. Name another column, or convert it first."
         )

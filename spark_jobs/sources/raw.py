@@ -72,7 +72,7 @@ def text(name: str) -> Column:
 
 
 def milliseconds(name: str, kind: T.DataType, unit: str) -> Column:
-    """An event time as milliseconds since the epoch: a number in ``unit``, a timestamp, or text of either; else null."""
+    """An event time in milliseconds since the epoch, from a number in ``unit``, a timestamp, or text; else null."""
     column = F.col(f"`{name}`")
     if isinstance(kind, T.TimestampType | T.TimestampNTZType | T.DateType):
         return F.unix_millis(column.cast("timestamp"))
@@ -90,12 +90,13 @@ def events_of(
 ) -> DataFrame:
     """The events of a frame in the columns of ``RawLog.events``; an empty ``time`` means there is no clock."""
     nothing = F.lit(None).cast("string")
+    moment = milliseconds(time, frame.schema[time].dataType, unit) if time else F.lit(None).cast("bigint")
     return frame.select(
         text(user).alias("user_id"),
         text(item).alias("item_id"),
         text(rating).alias("rating"),
         (text(time) if time else nothing).alias("time"),
-        (milliseconds(time, frame.schema[time].dataType, unit) if time else F.lit(None).cast("bigint")).alias("time_ms"),
+        moment.alias("time_ms"),
         (nothing if fault is None else fault).alias("fault"),
         CORRUPT,
         PLACE,

@@ -32,7 +32,13 @@ def judged_events(log: RawLog, items: DataFrame | None, levels: Sequence[float])
     frame = _repeats(frame, key, quality.DUPLICATE_EVENT)
     row = F.when(F.col(REASON).isNotNull(), F.to_json(F.struct("user_id", "item_id", "rating", "time", CORRUPT)))
     return frame.select(
-        "user_id", "item_id", F.col("value").alias("rating"), F.col("time_ms").alias("time"), PLACE, REASON, row.alias(ROW)
+        "user_id",
+        "item_id",
+        F.col("value").alias("rating"),
+        F.col("time_ms").alias("time"),
+        PLACE,
+        REASON,
+        row.alias(ROW),
     )
 
 

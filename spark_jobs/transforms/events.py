@@ -134,7 +134,7 @@ def rating_levels(events: DataFrame, given: Sequence[float]) -> list[float]:
             "Name the valid ones in rating_levels, or round the ratings first."
         )
     if not rows:
-        raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine counts")
+        raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine")
     return sorted(row[0] for row in rows)
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from reclora_dist.config.schema import SynthesiseConfig
 
-STYLE_STRENGTH = 2.6
-TOPIC_STRENGTH = 1.5
+STYLE_STRENGTH = 2.4
+TOPIC_STRENGTH = 1.8
 QUALITY_STRENGTH = 0.3
 """Standard deviations of the three planted parts of the logit of liking."""
 

@@ -1,6 +1,7 @@
 """One part of events to the retrieved histories of its samples: Arrow in, Arrow out."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def _users(events: pa.Table) -> Iterator[tuple[pa.Table, Log]]:
     numbers = {name: events[name].to_numpy() for name in ("user", "item", "time", "level")}
     user = numbers["user"]
     cuts = [0, *(np.flatnonzero(np.diff(user)) + 1).tolist(), len(user)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         if stop > start:
             yield events.slice(start, stop - start), {name: values[start:stop] for name, values in numbers.items()}
 
@@ -60,7 +61,7 @@ def _of_user(
 
 
 def _history(log: Log, ranked: NDArray[np.int32], length: int) -> list[pa.Array]:
-    """Items, levels (padded with 0 at the end) and the real length of the histories that ``ranked`` [T, length] names."""
+    """Items and levels, padded with 0 at the end, and real length of the histories in ``ranked`` [T, length]."""
     index, real = chronological(ranked)
     columns = []
     for name, kind in (("item", pa.int32()), ("level", pa.int8())):

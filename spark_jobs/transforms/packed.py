@@ -22,7 +22,7 @@ def unpack(column: pa.Array, fields: Sequence[pa.Field]) -> dict[str, pa.Array]:
     whole = np.frombuffer(data.buffers()[1], np.uint8, len(data) * sum(widths), data.offset * sum(widths))
     cuts = np.cumsum([0, *widths])
     rows = whole.reshape(len(data), sum(widths))
-    return {f.name: _array(rows[:, a:b], f) for f, a, b in zip(fields, cuts, cuts[1:], strict=False)}
+    return {f.name: _array(rows[:, a:b], f) for f, a, b in zip(fields, cuts[:-1], cuts[1:], strict=True)}
 
 
 def _scalar(field: pa.Field) -> pa.DataType:

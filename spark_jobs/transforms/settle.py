@@ -4,6 +4,8 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from spark_jobs.session import is_local
+
 SMALL = 500_000
 """Rows of a table of ids that every executor can hold."""
 
@@ -14,7 +16,7 @@ def settle(frame: DataFrame) -> DataFrame:
     On a local master the plan is cut off as well (nothing can be lost there, and planning long plans again for every
     step costs more than the steps); on a cluster the plan stays, so that a lost executor's rows can be computed again.
     """
-    if frame.sparkSession.sparkContext.master.startswith("local"):
+    if is_local(frame.sparkSession):
         return frame.localCheckpoint(eager=True, storageLevel=StorageLevel.MEMORY_AND_DISK)
     kept = frame.persist(StorageLevel.MEMORY_AND_DISK)
     kept.count()

@@ -106,7 +106,12 @@ def placed(samples: DataFrame, layout: Layout) -> DataFrame:
 
 
 def assemble(
-    folder: Folder, shape: Shape, rows_per_group: int, key: tuple[pa.Scalar, ...], histories: pa.Table, samples: pa.Table
+    folder: Folder,
+    shape: Shape,
+    rows_per_group: int,
+    key: tuple[pa.Scalar, ...],
+    histories: pa.Table,
+    samples: pa.Table,
 ) -> pa.Table:
     """Write the file ``key``: its samples joined with their histories, in order of ``place``.
 

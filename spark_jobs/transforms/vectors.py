@@ -3,7 +3,7 @@
 import hashlib
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
@@ -26,7 +26,8 @@ class SharedVectors:
     def open(self) -> NDArray[np.float32]:
         """The vectors, float32 [items + 1, D]."""
         source = self.path if self.broadcast is None else io.BytesIO(self.broadcast.value)
-        table: NDArray[np.float32] = np.load(source, mmap_mode="r" if self.broadcast is None else None, allow_pickle=False)
+        mode: Literal["r"] | None = "r" if self.broadcast is None else None
+        table: NDArray[np.float32] = np.load(source, mmap_mode=mode, allow_pickle=False)
         return table
 
 
@@ -52,7 +53,7 @@ def share(spark: "SparkSession", folder: Folder, manifest: Manifest, items: int)
 def _shared(spark: "SparkSession", folder: Folder, entry: FileEntry) -> SharedVectors:
     if not isinstance(folder.fs, LocalFileSystem):
         return SharedVectors("", spark.sparkContext.broadcast(verified(folder, entry)))
-    with folder.open(entry.path) as file:
+    with open(folder.path(entry.path), "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != entry.sha256:
         raise ContractError(

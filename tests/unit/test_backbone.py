@@ -109,9 +109,7 @@ def test_real_sentence_vectors_know_what_is_alike(real_model: Any) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(6, 20), width=st.integers(2, 8), dimension=st.integers(0, 9), seed=st.integers(0, 100)
-)
+@given(rows=st.integers(6, 20), width=st.integers(2, 8), dimension=st.integers(0, 9), seed=st.integers(0, 100))
 def test_reduced_vectors_have_unit_length(rows: int, width: int, dimension: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(rows, width)).astype(np.float32)

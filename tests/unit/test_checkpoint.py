@@ -104,9 +104,13 @@ def test_cleared_leaves_nothing(store: CheckpointStore) -> None:
     ("state", "words"),
     [
         ({"parameter/weight": torch.zeros(3, 2)}, r"'bias' has shape None there and \(2,\) here"),
-        ({"parameter/weight": torch.zeros(2, 2), "parameter/bias": torch.zeros(2)}, r"'weight' has shape \(2, 2\) there"),
         (
-            {f"parameter/{name}": torch.zeros(2, 3) for name in ("weight", "extra")} | {"parameter/bias": torch.zeros(2)},
+            {"parameter/weight": torch.zeros(2, 2), "parameter/bias": torch.zeros(2)},
+            r"'weight' has shape \(2, 2\) there",
+        ),
+        (
+            {f"parameter/{name}": torch.zeros(2, 3) for name in ("weight", "extra")}
+            | {"parameter/bias": torch.zeros(2)},
             r"'extra' has shape \(2, 3\) there and None here",
         ),
     ],

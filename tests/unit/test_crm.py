@@ -81,9 +81,7 @@ def test_both_ways_have_the_same_gradients() -> None:
 def test_what_stands_in_the_padding_does_not_matter(size: int) -> None:
     sim, rows = model(), batch(size)
     pad = torch.arange(6) >= rows.length[:, None]
-    other = dataclasses.replace(
-        rows, items=torch.where(pad, 7, rows.items), levels=torch.where(pad, 3, rows.levels)
-    )
+    other = dataclasses.replace(rows, items=torch.where(pad, 7, rows.items), levels=torch.where(pad, 3, rows.levels))
     torch.testing.assert_close(sim(other).logit, sim(rows).logit)
     wider = dataclasses.replace(
         rows,
@@ -175,5 +173,5 @@ def test_what_is_saved_is_loaded_and_damage_is_refused(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ContractError, match="'crm.safetensors' has SHA-256"):
+    with pytest.raises(ContractError, match=r"'crm\.safetensors' has SHA-256"):
         load_crm(folder, read_manifest(folder, CRM))

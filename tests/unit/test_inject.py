@@ -49,7 +49,9 @@ def test_only_the_top_layers() -> None:
 
 def test_every_linear_of_a_block_with_its_own_shape() -> None:
     model = llama(1)
-    shapes = {name.rpartition(".")[2]: module.weight.shape for name, module in model.named_modules() if is_linear(module)}
+    shapes = {
+        name.rpartition(".")[2]: module.weight.shape for name, module in model.named_modules() if is_linear(module)
+    }
     banks = inject(model, list(shapes), CONFIG, Conditioning())
     assert len(banks) == 7
     for name, bank in banks.items():
@@ -63,7 +65,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def test_no_match_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no Linear layer is named any of \['query'\]; this backbone has: down_proj, .*v_proj"):
+    with pytest.raises(
+        ValueError, match=r"no Linear layer is named any of \['query'\]; this backbone has: down_proj, .*v_proj"
+    ):
         inject(llama(), ["query"], CONFIG, Conditioning())
 
 
@@ -102,7 +106,8 @@ def test_gradients_are_the_same_with_gradient_checkpointing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets", "matrices"), [("stories260K", ["q_proj", "v_proj"], 10), ("all-MiniLM-L6-v2", ["query", "value"], 12)]
+    ("name", "targets", "matrices"),
+    [("stories260K", ["q_proj", "v_proj"], 10), ("all-MiniLM-L6-v2", ["query", "value"], 12)],
 )
 def test_real_weights_are_unchanged_by_new_banks_and_reached_by_gradients(
     real_model: Any, name: str, targets: list[str], matrices: int

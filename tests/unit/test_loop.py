@@ -1,10 +1,13 @@
 """The training loop: an interrupted run ends as an undisturbed one, validation chooses, the learning rate's course."""
 
 import dataclasses
+import itertools
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from sample_data import small_config, write_run
@@ -14,6 +17,10 @@ from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TrainCo
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import ADAPTER, CRM
 from reclora_dist.contract.storage import Folder
+from reclora_dist.crm.batch import CrmBatch
+from reclora_dist.crm.build import load_crm
+from reclora_dist.data.collate import crm_batch
+from reclora_dist.lora.model import parameter_role
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.telemetry.names import Metric
@@ -77,8 +84,6 @@ def test_a_crm_run_that_was_killed_ends_like_the_undisturbed_one(
 def test_a_micro_batched_adapter_run_that_was_killed_ends_like_the_undisturbed_one(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(prepared, run)
     base = small_config(run, engine=EngineConfig(kind="torch"))
@@ -227,7 +232,7 @@ def test_learning_rate_rises_then_falls_in_a_line() -> None:
     course = [schedule(step, 100, train) for step in range(100)]
     assert course[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert course[10] == pytest.approx(1.0)
-    falls = [a - b for a, b in zip(course[10:], course[11:], strict=False)]
+    falls = [a - b for a, b in itertools.pairwise(course[10:])]
     assert falls == pytest.approx([falls[0]] * 89)
     assert 0.2 < course[-1] < 0.22
     assert schedule(0, 1, train) == 1.0
@@ -236,9 +241,6 @@ def test_learning_rate_rises_then_falls_in_a_line() -> None:
 def test_banks_and_gates_have_learning_rates_of_their_own(prepared: Path) -> None:
     base = small_config(prepared)
     train = dataclasses.replace(base.lora_train, lr=1e-3, bank_lr=2e-3, gate_lr=3e-3, weight_decay=0.1)
-    from reclora_dist.crm.build import load_crm
-    from reclora_dist.lora.model import parameter_role
-
     crm = Folder(str(prepared / "crm"))
     model = stages.build_model(base, base.adapters["reclora"], load_crm(crm, read_manifest(crm, CRM)))
     optimiser = build_optimiser(model, train, parameter_role)
@@ -265,18 +267,11 @@ def test_sizes_that_do_not_divide_are_refused(train: TrainConfig, workers: int, 
     stages.check(TrainConfig(batch_size=7), 0, "lora_train")
 
 
-def test_one_label_in_validation_is_an_error(tmp_path: Path) -> None:
-    write_run(tmp_path, users=12, events=18)
-    config = crm_config(tmp_path, batch_size=16, epochs=1)
-    import reclora_dist.data.collate as collate
-
-    whole = collate.crm_batch
-
-    def all_liked(table: Any) -> Any:
-        rows = whole(table)
+def test_one_label_in_validation_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_liked(table: pa.Table) -> CrmBatch:
+        rows = crm_batch(table)
         return dataclasses.replace(rows, label=torch.ones_like(rows.label))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "crm_batch", all_liked)
-        with pytest.raises(ValueError, match=r"all \d+ validation labels are 1; AUC needs both, take more samples"):
-            stages.train_crm(config, Context())
+    monkeypatch.setattr(stages, "crm_batch", all_liked)
+    with pytest.raises(ValueError, match=r"all \d+ validation labels are 1; AUC needs both, take more samples"):
+        stages.train_crm(crm_config(data, seed=9, epochs=1), Context())

@@ -183,7 +183,9 @@ def assert_full_softmax(backbone: Backbone, path: Path, vocabulary: int) -> None
     tokenizer = load_tokenizer(str(path))
     answers = []
     for word in ("No", "Yes"):
-        first = next(i for i in tokenizer(f" {word}", add_special_tokens=False)["input_ids"] if tokenizer.decode([i]).strip())
+        first = next(
+            i for i in tokenizer(f" {word}", add_special_tokens=False)["input_ids"] if tokenizer.decode([i]).strip()
+        )
         answers.append(first)
     batch = text_batch(vocabulary)
     full = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -1,0 +1,123 @@
+"""Training stages on a real Ray cluster with two workers: results, metrics, and a worker that is killed."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from sample_data import small_config
+
+from reclora_dist.config.schema import Config, RayConfig
+from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.schema import ADAPTER, CRM
+from reclora_dist.contract.storage import Folder
+from reclora_dist.ray_app.check import scrape
+from reclora_dist.ray_app.session import Cluster, connect
+from reclora_dist.ray_app.trainer import train_stage
+from reclora_dist.telemetry import names
+from reclora_dist.train import stages
+
+pytestmark = pytest.mark.ray
+RAY = RayConfig(workers=2, object_store_mib=100)
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with connect(RAY) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def run(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "run"))
+
+
+def config(run: Path, **crm: int) -> Config:
+    base = small_config(run, ray=RAY)
+    return dataclasses.replace(base, crm_train=dataclasses.replace(base.crm_train, **crm))
+
+
+def crm_digest(run: Path) -> str:
+    return read_manifest(Folder(str(run / "crm")), CRM).content_digest
+
+
+def test_a_crm_and_an_adapter_train_on_two_workers_and_are_seen_in_the_metrics(cluster: Cluster, run: Path) -> None:
+    settings = config(run)
+    assert not stages.crm_is_current(settings), "the prepared one was trained without workers"
+    train_stage(settings, "crm")
+    assert stages.crm_is_current(settings)
+    train_stage(settings, "adapter", "reclora")
+    assert stages.adapter_is_current(settings, "reclora")
+    facts = read_manifest(Folder(str(run / "adapters" / "reclora")), ADAPTER).facts
+    assert facts["steps"] == facts["best_step"] > 5
+    assert 0 < facts["validation_auc"] < 1
+    assert not list((run / "checkpoints").rglob("*.json")), "the stages are complete"
+    expected = {name for metric in TRAINING for name in names.series(metric)}
+    assert expected <= seen(cluster, expected)
+
+
+TRAINING = [metric for metric in names.ALL if metric.name.startswith("reclora_train")]
+
+
+def seen(cluster: Cluster, expected: set[str]) -> set[str]:
+    """Series at the metrics endpoints, as soon as all expected ones were there."""
+    found, end = scrape(cluster), time.monotonic() + 20
+    while not expected <= found and time.monotonic() < end:
+        time.sleep(1)
+        found |= scrape(cluster)
+    return found
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(
+    cluster: Cluster, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(run, epochs=20, checkpoint_every=7)
+    train_stage(settings, "crm")
+    undisturbed = crm_digest(run)
+    shutil.rmtree(run / "crm")
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(run / "checkpoints", killed), daemon=True)
+    killer.start()
+    train_stage(settings, "crm")
+    killer.join(timeout=5)
+    assert killed, "no worker was killed: the run was over before its first checkpoint was seen"
+    assert crm_digest(run) == undisturbed
+
+
+def kill_a_worker(checkpoints: Path, killed: list[int]) -> None:
+    """SIGKILL one training worker of this process's cluster once a checkpoint is complete."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
+        if workers and next(checkpoints.rglob("manifest.json"), None):
+            os.kill(workers[-1].pid, signal.SIGKILL)
+            killed.append(workers[-1].pid)
+            return
+        time.sleep(0.05)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in "".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_sizes_that_do_not_divide_start_no_worker(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"crm_train\.batch_size 7 is not a multiple of 2"):
+        train_stage(config(run, batch_size=7), "crm")
+
+
+def test_without_workers_it_runs_in_this_process(run: Path) -> None:
+    settings = dataclasses.replace(config(run), ray=RayConfig(workers=0))
+    before = crm_digest(run)
+    shutil.rmtree(run / "crm")
+    train_stage(settings, "crm")
+    assert crm_digest(run) == before, "the same as a direct call"

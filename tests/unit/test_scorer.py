@@ -1,0 +1,201 @@
+"""Scoring with an adapter folder: batching, moving, and everything that does not belong together is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.torch import load_file
+from sample_data import small_config, write_run
+
+from reclora_dist.config.schema import BackboneConfig, Config, EngineConfig, LoraConfig
+from reclora_dist.contract.manifest import ContractError, read_manifest
+from reclora_dist.contract.parts import read_parts
+from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
+from reclora_dist.contract.storage import Folder
+from reclora_dist.crm.build import load_crm
+from reclora_dist.evaluate.scorer import Scorer, referenced
+from reclora_dist.lora.adapter import load_trained, read_adapter_config
+from reclora_dist.train import stages
+from reclora_dist.train.context import Context
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two adapters."""
+    run = tmp_path_factory.mktemp("scorer") / "run"
+    shutil.copytree(prepared, run)
+    for name in ("lora", "reclora"):
+        stages.train_adapter(config(run), name, Context())
+    return run
+
+
+def config(run: Path) -> Config:
+    return small_config(run, engine=EngineConfig(kind="torch"))
+
+
+@pytest.fixture(scope="module")
+def rows(run: Path) -> pa.Table:
+    return split(run, "test")
+
+
+def split(run: Path, name: str) -> pa.Table:
+    shards = Folder(str(run / "shards"))
+    return read_parts(shards, read_manifest(shards, SHARDS).select(f"text/split={name}/"))
+
+
+def adapter(run: Path, name: str = "reclora") -> Folder:
+    return Folder(str(run / "adapters" / name))
+
+
+@pytest.fixture(scope="module")
+def scorer(run: Path) -> Scorer:
+    return Scorer.load(adapter(run))
+
+
+@pytest.fixture(scope="module")
+def scores(scorer: Scorer, rows: pa.Table) -> np.ndarray:
+    return scorer.score(rows)
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """The run, to be spoilt."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_scores_are_probabilities_in_the_order_of_the_rows(scorer: Scorer, rows: pa.Table, scores: np.ndarray) -> None:
+    assert scores.shape == (rows.num_rows,)
+    assert scores.dtype == np.float64
+    assert ((scores > 0) & (scores < 1)).all()
+    order = np.random.default_rng(0).permutation(rows.num_rows)
+    np.testing.assert_allclose(scorer.score(rows.take(pa.array(order))), scores[order], atol=1e-6)
+    assert len(np.unique(scores.round(6))) > rows.num_rows / 2
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_batching_changes_nothing(scorer: Scorer, rows: pa.Table, scores: np.ndarray, size: int) -> None:
+    few = rows.slice(3, 40)
+    other = Scorer(scorer.model, scorer.config, scorer.collate, batch_size=size)
+    np.testing.assert_allclose(other.score(few), scores[3:43], atol=1e-6)
+    np.testing.assert_allclose(other.crm_score(few), scorer.crm_score(rows)[3:43], atol=1e-6)
+    np.testing.assert_allclose(other.mixtures(few), scorer.mixtures(rows)[3:43], atol=1e-5)
+
+
+def test_no_row_is_no_score(scorer: Scorer, rows: pa.Table) -> None:
+    assert scorer.score(rows.slice(0, 0)).shape == (0,)
+
+
+def test_mixtures_are_one_per_row_and_matrix(scorer: Scorer, run: Path, rows: pa.Table) -> None:
+    found = scorer.mixtures(rows)
+    assert found.shape == (rows.num_rows, 4, 4)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+    plain = Scorer.load(adapter(run, "lora"))
+    assert (plain.mixtures(rows) == np.ones((rows.num_rows, 4, 1))).all()
+
+
+def test_it_is_the_model_that_validation_chose(scorer: Scorer, run: Path) -> None:
+    """Loaded again, the adapter reaches the validation AUC that its manifest states."""
+    rows = split(run, "validation")
+    stated = read_manifest(adapter(run), ADAPTER).facts["validation_auc"]
+    labels, found = rows["label"].to_numpy(), scorer.score(rows)
+    pairs = found[labels == 1][:, None] - found[labels == 0][None]
+    assert ((pairs > 0) + 0.5 * (pairs == 0)).mean() == pytest.approx(stated, abs=1e-3)
+
+
+def test_the_folder_holds_no_pickle_and_says_what_it_is(run: Path) -> None:
+    names = {path.name for path in Path(adapter(run).uri).iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "crm_config.json", "crm.safetensors", "README.md",
+        "manifest.json",
+    }  # fmt: skip
+    card = (Path(adapter(run).uri) / "README.md").read_text()
+    assert card.startswith("# Adapter `reclora`")
+    assert "4 meta-LoRAs of rank 4 (weights mode, gate: crm) on q_proj, v_proj" in card
+    assert "validation_auc" in card
+    found, _ = read_adapter_config(adapter(run))
+    assert found.lora == LoraConfig(experts=4, rank=4, temperature=1.0)
+    weights = load_file(Path(adapter(run).uri) / "adapter_model.safetensors")
+    assert all(".bank." in name or name.startswith("gates.") for name in weights)
+
+
+def test_an_adapter_moves_together_with_its_run(copy: Path, tmp_path: Path, rows: pa.Table, scores: np.ndarray) -> None:
+    moved = copy.rename(tmp_path / "elsewhere")
+    scorer = Scorer.load(adapter(moved))
+    np.testing.assert_array_equal(scorer.score(rows), scores)
+    assert referenced(adapter(moved), scorer.config, "events").uri == str(moved / "events")
+
+
+def test_an_adapter_away_from_its_run_says_what_is_missing(copy: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "a" / "b" / "reclora"
+    shutil.copytree(adapter(copy).uri, alone)
+    with pytest.raises(ValueError, match=r"backbone.* is not a model folder|has no manifest\.json"):
+        Scorer.load(Folder(str(alone)))
+
+
+def test_changed_events_are_refused(copy: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "other", seed=1)
+    shutil.rmtree(copy / "events")
+    shutil.copytree(tmp_path / "other" / "events", copy / "events")
+    with pytest.raises(ContractError, match=r"adapter 'reclora' was trained with events .*…, but .* now holds"):
+        Scorer.load(adapter(copy))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "crm.safetensors"])
+def test_a_flipped_byte_is_refused(copy: Path, name: str) -> None:
+    file = Path(adapter(copy).uri) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ContractError, match=f"'{name}' has SHA-256"):
+        Scorer.load(adapter(copy))
+
+
+def test_an_interrupted_adapter_is_refused(copy: Path) -> None:
+    (Path(adapter(copy).uri) / "manifest.json").unlink()
+    with pytest.raises(ContractError, match=r"has no manifest\.json: the stage that writes 'reclora\.adapter' has not"):
+        Scorer.load(adapter(copy))
+
+
+def test_another_version_is_refused(copy: Path) -> None:
+    file = Path(adapter(copy).uri) / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 2}))
+    with pytest.raises(ContractError, match=r"version 2, but this release reads 'reclora\.adapter' version 1"):
+        Scorer.load(adapter(copy))
+
+
+@pytest.mark.parametrize("changes", [{"hidden": 16}, {"steps": 5}], ids=["other shapes", "other weights"])
+def test_another_backbone_is_refused(copy: Path, changes: dict[str, int]) -> None:
+    tiny = dataclasses.replace(config(copy).backbone.tiny, **changes)
+    stages.train_backbone(dataclasses.replace(config(copy), backbone=BackboneConfig(tiny=tiny)))
+    with pytest.raises(ContractError, match=r"was trained with backbone .*…, but '\.\./\.\./backbone' now holds"):
+        Scorer.load(adapter(copy))
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (LoraConfig(experts=2, rank=4), r"has shape \(4, .*\) in the adapter and \(2, .*\) in the model"),
+        (
+            LoraConfig(experts=4, rank=4, gate="uniform"),
+            r"'gates\..*' has shape .* in the adapter and None in the model",
+        ),
+    ],
+)
+def test_weights_of_another_config_are_refused(run: Path, lora: LoraConfig, words: str) -> None:
+    crm = Folder(str(run / "crm"))
+    model = stages.build_model(config(run), lora, load_crm(crm, read_manifest(crm, CRM)))
+    weights = load_file(Path(adapter(run).uri) / "adapter_model.safetensors")
+    with pytest.raises(
+        ContractError, match=f"'here': .*{words}; the adapter was trained for another backbone or config"
+    ):
+        load_trained(model, weights, "here")
+
+
+def test_labels_are_not_read(scorer: Scorer, rows: pa.Table) -> None:
+    few = rows.slice(0, 5)
+    liked = few.set_column(few.column_names.index("label"), "label", pa.array([1] * 5, pa.int8()))
+    np.testing.assert_array_equal(scorer.score(liked), scorer.score(few))
