@@ -22,7 +22,7 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
 
     Properties that spark-submit was given come first, then ``conf``, then the other arguments.
     """
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    given = _submitted()
     wanted = {
         "spark.master": master,
         "spark.driver.memory": driver_memory,
@@ -30,10 +30,9 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         "spark.sql.session.timeZone": "UTC",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.executorEnv.PYTHONPATH": str(_ROOT),
-        **(_local() if master.startswith("local") else {}),
+        **(_local() if _is_local(given.get("spark.master", master)) else {}),
         **conf,
     }
-    given = _submitted()
     settings = SparkConf(loadDefaults=False)
     for key, value in wanted.items():
         if key not in given:
@@ -54,7 +53,11 @@ def cause(error: PySparkException) -> str:
 
 def is_local(spark: SparkSession) -> bool:
     """Whether all of Spark is this process's own."""
-    return str(spark.sparkContext.master).startswith("local")
+    return _is_local(str(spark.sparkContext.master))
+
+
+def _is_local(master: str) -> bool:
+    return re.fullmatch(r"local(\[.*\])?", master) is not None
 
 
 def _local() -> dict[str, str]:
@@ -63,6 +66,7 @@ def _local() -> dict[str, str]:
     A local job is short: better machine code (tier 4 of the JIT) and better plans (adaptive execution) come too late
     to pay for themselves; without them a job on two cores takes a third of the processor time.
     """
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     return {
         "spark.driver.host": "127.0.0.1",

@@ -68,7 +68,8 @@ def pretrain(
     torch.manual_seed(config.seed)
     model = build(tiny, len(tokenizer))
     optimiser = torch.optim.AdamW(model.parameters(), lr=tiny.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, tiny.lr, total_steps=tiny.steps, pct_start=0.1)
+    rise = min(0.9, max(0.1, 2 / tiny.steps))  # OneCycleLR divides by the steps of its rise less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, tiny.lr, total_steps=tiny.steps, pct_start=rise)
     losses = []
     for step, batch in enumerate(_batches(tokenizer, texts, config), 1):
         loss: Tensor = model(input_ids=batch, labels=batch).loss

@@ -116,8 +116,8 @@ class TinyConfig(Section):
     layers: int = knob(3, "layers")
     heads: int = knob(4, "attention heads")
     vocabulary: int = knob(1500, "tokenizer entries, at most")
-    steps: int = knob(300, "pretraining steps")
-    batch_size: int = knob(32, "sequences per pretraining step")
+    steps: int = knob(200, "pretraining steps")
+    batch_size: int = knob(16, "sequences per pretraining step")
     sequence: int = knob(128, "tokens per pretraining sequence")
     lr: float = knob(3e-3, "peak learning rate of the pretraining")
 

@@ -54,6 +54,8 @@ def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -
     judged = judge(log, config)
     counts = judged.counts
     events = k_core(_timed(judged.events, log.clock), config.k_core, partial(_count_core, counts))
+    if not counts.get("k_core", counts["clean"]):
+        raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine")
     levels = rating_levels(events, config.rating_levels)
     users, items = positions(events, "user_id", "user"), positions(events, "item_id", "item")
     numbered = settle(ordered(_numbered(events, users, items, levels, config.like_at_least)))
@@ -123,7 +125,7 @@ def rating_levels(events: DataFrame, given: Sequence[float]) -> list[float]:
     """The rating scale, ascending: as given, else the distinct ratings.
 
     Raises:
-        ValueError: there are more than MAX_LEVELS, or no event is left.
+        ValueError: there are more than MAX_LEVELS.
     """
     if given:
         return sorted(set(given))
@@ -133,8 +135,6 @@ def rating_levels(events: DataFrame, given: Sequence[float]) -> list[float]:
             f"the log has more than {MAX_LEVELS} distinct ratings, so they are no scale. "
             "Name the valid ones in rating_levels, or round the ratings first."
         )
-    if not rows:
-        raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine")
     return sorted(row[0] for row in rows)
 
 

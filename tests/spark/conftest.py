@@ -25,6 +25,12 @@ JOBS = {job.JOB.name: job.JOB for job in (synthesise, build_events, retrieve_his
 Runner = Callable[..., Manifest]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.spark)
+
+
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     started = session.start("tests", "local[2]", "1g", 3, {})

@@ -91,7 +91,7 @@ def test_an_item_table_gives_titles_fields_and_text(run, rows, tmp_path: Path) -
     events = [(f"u{u}", f"i{i}", 1 + (u + i) % 2, 10 * u + i) for u in range(4) for i in range(5)]
     (raw / "e.csv").write_text("who,what,click,at\n" + "".join(f"{u},{i},{r - 1},{t}\n" for u, i, r, t in events))
     (raw / "i.csv").write_text(
-        "what,name,kind,unused\ni0,Alpha,x,1\ni1,,y,1\ni2,Gamma,,1\ni3,\"Delta, the \"\"last\"\"\",x,1\ni4,Epsilon,y,1\n"
+        'what,name,kind,unused\ni0,Alpha,x,1\ni1,,y,1\ni2,Gamma,,1\ni3,"Delta, the ""last""",x,1\ni4,Epsilon,y,1\n'
     )
     (raw / "p.csv").write_text("who,town\nu0,Rome\nu1,Oslo\nu2,\n")
     made = run(

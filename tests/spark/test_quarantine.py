@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.manifest import Manifest, read_manifest
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
 
@@ -46,10 +46,16 @@ COUNTS["missing_item_id"] += 1
 COUNTS["malformed_row"] += 1
 
 
-def test_reasons_rows_and_counts(run, rows, dirty: Path, tmp_path: Path) -> None:
-    made = run("build_events", tmp_path, *SETTINGS, raw=dirty)
+@pytest.fixture(scope="module")
+def built(run, dirty: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    out = tmp_path_factory.mktemp("built")
+    return out, run("build_events", out, *SETTINGS, raw=dirty)
+
+
+def test_reasons_rows_and_counts(rows, built: tuple[Path, Manifest]) -> None:
+    out, made = built
     assert made.facts["quarantine"] == COUNTS
-    table = rows(tmp_path, made, "quarantine/")
+    table = rows(out, made, "quarantine/")
     assert Counter(row["reason"] for row in table) == COUNTS
     assert {row["table"] for row in table} == {"events", "items"}
     assert any("yesterday" in row["row"] for row in table if row["reason"] == "unparseable_time")
@@ -58,13 +64,13 @@ def test_reasons_rows_and_counts(run, rows, dirty: Path, tmp_path: Path) -> None
     assert made.facts["counts"]["clean"] == len(GOOD)
 
 
-def test_good_rows_stay_the_first_duplicate_among_them(run, rows, dirty: Path, tmp_path: Path) -> None:
-    made = run("build_events", tmp_path, *SETTINGS, raw=dirty)
-    items = {row["item"]: row for row in rows(tmp_path, made, "items/")}
-    users = {row["user"]: row["user_id"] for row in rows(tmp_path, made, "users/")}
+def test_good_rows_stay_the_first_duplicate_among_them(rows, built: tuple[Path, Manifest]) -> None:
+    out, made = built
+    items = {row["item"]: row for row in rows(out, made, "items/")}
+    users = {row["user"]: row["user_id"] for row in rows(out, made, "users/")}
     found = [
         (users[e["user"]], items[e["item"]]["item_id"], int(e["rating"]), e["time"] // 1000)
-        for e in rows(tmp_path, made, "events/")
+        for e in rows(out, made, "events/")
     ]
     assert sorted(found) == sorted(GOOD)
     assert {row["item_id"]: row["title"] for row in items.values()} == {
@@ -72,9 +78,8 @@ def test_good_rows_stay_the_first_duplicate_among_them(run, rows, dirty: Path, t
     }  # fmt: skip
 
 
-def test_too_many_bad_rows_leave_the_old_output(run, csv, dirty: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    old = run("build_events", out, *SETTINGS, raw=dirty)
+def test_too_many_bad_rows_leave_the_old_output(run, dirty: Path, built: tuple[Path, Manifest]) -> None:
+    out, old = built
     before = {file: (out / file).read_bytes() for file in Folder(str(out)).files()}
     with pytest.raises(ValueError, match=r"16 of 64 event rows \(25.0%\) are bad, max_quarantined = 0.1 \(unparseable"):
         run("build_events", out, *SETTINGS, "max_quarantined=0.1", raw=dirty)
@@ -87,7 +92,10 @@ def test_without_a_clock_file_order_counts_and_a_repeated_pair_is_a_duplicate(ru
     # Two files: the order of their names is the order of the log.
     (tmp_path / "raw" / "b.csv").write_text("ID,Name,Rating\n2,Late,it was ok\n1,First,liked it\n")
     lines = ["ID,Name,Rating", "9,Rating,This user doesn't have any rating", "1,First,it was amazing"]
-    lines += [f'{user},"Book {n}, #{n}",really liked it' for user in (1, 2) for n in range(12)] + ["1,Odd,superb", ",X,liked it"]
+    lines += [f'{user},"Book {n}, #{n}",really liked it' for user in (1, 2) for n in range(12)] + [
+        "1,Odd,superb",
+        ",X,liked it",
+    ]
     (tmp_path / "raw" / "a.csv").write_text("\n".join(lines) + "\n")
     made = run(
         "build_events", tmp_path / "out", "source.kind=goodreads", "k_core=0", "min_history=1", "split=per_user",

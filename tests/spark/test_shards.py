@@ -53,7 +53,9 @@ def test_no_history_holds_an_event_at_or_after_its_sample(log: list, strategy: s
             seen = [past[level - 1] for level in row[f"{name}_levels"][:real]]  # fails beyond the past
             assert [e["item"] for e in seen] == row[f"{name}_items"][:real]
             assert row[f"{name}_items"][real:] == row[f"{name}_levels"][real:] == [0] * (length - real)
-    wanted = {e["sample_id"] for u in by_user.values() for e in u if sum(o["time"] < e["time"] for o in u) >= min_history}
+    wanted = {
+        e["sample_id"] for u in by_user.values() for e in u if sum(o["time"] < e["time"] for o in u) >= min_history
+    }
     assert {row["sample_id"] for row in made.to_pylist()} == wanted
 
 

@@ -1,5 +1,6 @@
 """The tiny backbone and its pretraining, what loading refuses, and item vectors: pooling and PCA."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def test_few_short_texts_are_enough(tmp_path: Path) -> None:
     steps: list[int] = []
     pretrain(CONFIG, tokenizer, ["a b"], tmp_path, lambda step, loss: steps.append(step))
     assert steps == list(range(1, TINY.steps + 1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 20])
+def test_any_number_of_steps_can_be_trained(steps: int, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, tiny=dataclasses.replace(TINY, steps=steps))
+    losses = trained(tmp_path, config)
+    assert len(losses) == steps
+    assert np.isfinite(losses).all()
 
 
 def test_the_tokenizer_spells_anything_and_marks_the_start(tiny: Path) -> None:

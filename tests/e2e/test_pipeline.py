@@ -1,0 +1,140 @@
+"""From nothing to a checked service in one command; again; and with SIGKILL inside the stages."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from small_run import REPOSITORY, Finished, command, digests, environment, finish
+
+pytestmark = [pytest.mark.spark, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+STAGES = [
+    "synthesise", "events", "backbone", "vectors", "histories", "shards", "crm",
+    "adapter lora", "adapter uniform", "adapter reclora", "evaluation", "service",
+]  # fmt: skip
+MODELS = ["running_averages", "crm", "lora", "uniform", "reclora"]
+
+
+@pytest.fixture(scope="module")
+def summary(finished: Finished) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((finished.run / "summary.json").read_text())
+    return found
+
+
+def test_every_stage_does_its_work_in_order(finished: Finished) -> None:
+    assert re.findall(r"^=== (.*)$", finished.output, re.MULTILINE) == STAGES
+    assert re.findall(r"^(.*): done in [\d.]+ s$", finished.output, re.MULTILINE) == STAGES
+    assert set(digests(finished.run)) == {
+        "raw", "events", "backbone", "vectors", "histories", "shards", "crm",
+        "adapters/lora", "adapters/uniform", "adapters/reclora", "evaluation", "service",
+    }  # fmt: skip
+
+
+def test_the_summary_has_what_is_promised(summary: dict[str, Any]) -> None:
+    assert set(summary) == {*MODELS, "reclora_minus_lora", "reclora_minus_uniform", "seconds", "peak_memory_mib"}
+    for model in MODELS:
+        assert set(summary[model]) == {"auc", "logloss", "acc", "samples_per_s"}
+        assert 0 < summary[model]["auc"] < 1
+        assert 0 <= summary[model]["acc"] <= 1
+        assert summary[model]["logloss"] > 0
+        assert summary[model]["samples_per_s"] > 0
+    for other in ("lora", "uniform"):
+        difference = summary[f"reclora_minus_{other}"]
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+        between = summary["reclora"]["auc"] - summary[other]["auc"]
+        assert difference["mean"] == pytest.approx(between, abs=0.02)
+    assert set(summary["seconds"]) == set(STAGES)
+    assert all(seconds >= 0 for seconds in summary["seconds"].values())
+    assert 500 < summary["peak_memory_mib"] < 8192
+
+
+def test_it_ends_with_the_table_and_where_to_look(finished: Finished, summary: dict[str, Any]) -> None:
+    end = finished.output[finished.output.index("\nmodel ") :]
+    for model in MODELS:
+        assert re.search(rf"^{model} +{summary[model]['auc']:.4f} ", end, re.MULTILINE)
+    assert "AUC reclora − lora: " in end
+    assert f"report: {finished.run / 'report' / 'report.html'}" in end
+    assert (finished.run / "report" / "report.html").stat().st_size > 10_000
+    assert f"summary: {finished.run / 'summary.json'}" in end
+    assert re.search(r"^metrics: (\d+) of \1 series found", finished.output, re.MULTILINE)
+
+
+def test_the_service_answers_what_the_evaluation_scored(finished: Finished) -> None:
+    answers = json.loads((finished.run / "service" / "answers.json").read_text())
+    asked = answers["score"]["request"]["candidates"]
+    assert [score["item"] for score in answers["score"]["response"]["scores"]] == asked
+    assert answers["evaluation"]["status"] == "done"
+
+
+def test_nothing_unsafe_is_written(finished: Finished) -> None:
+    kinds = {path.suffix for path in finished.run.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".parquet", ".safetensors", ".npy", ".md", ".html", ".svg", ".png", ".prom", ".txt"}, (
+        kinds
+    )
+
+
+def test_a_second_run_skips_what_is_up_to_date(finished: Finished, tmp_path: Path) -> None:
+    """In a folder that was moved, too: nothing in a run depends on where it lies."""
+    run = Path(shutil.copytree(finished.run, tmp_path / "moved"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")}
+    started = time.monotonic()
+    again = finish("pipeline", run)
+    assert time.monotonic() - started < 120
+    assert re.findall(r"^(.*): up to date$", again.output, re.MULTILINE)
+    for stage in STAGES:
+        assert f"{stage}: up to date\n" in again.output
+    assert "ray: connecting" not in again.output
+    assert "Spark" not in again.output
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")} == before
+    assert "\nmodel " in again.output
+
+
+def test_a_run_that_was_killed_again_and_again_ends_like_the_undisturbed_one(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """SIGKILL in a Spark job, in a later one, in the CRM's training and in an adapter's; each run goes on from there."""
+    run = Path(shutil.copytree(finished.run, tmp_path / "run"))
+    for lost in ("events", "histories", "crm", "adapters/reclora"):
+        shutil.rmtree(run / lost)
+    kill_inside(run, "events", "events")
+    kill_inside(run, "histories", "histories")
+    kill_inside(run, "crm", "checkpoints/crm")
+    kill_inside(run, "adapter reclora", "checkpoints/reclora")
+    end = finish("pipeline", run).output
+    assert digests(run) == digests(finished.run)
+    assert "crm: up to date" in end
+    assert "evaluation: up to date" in end, "its inputs have the digests that it was made from"
+    assert not list(run.rglob("*.partial"))
+
+
+def kill_inside(run: Path, stage: str, place: str) -> None:
+    """Start the pipeline and SIGKILL it when ``stage`` has begun to write below ``place``; its processes end with it."""
+    log = run / "output.txt"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command("pipeline", run), cwd=REPOSITORY, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        end = time.monotonic() + 300
+        while not (f"=== {stage}\n" in log.read_text() and has_files(run / place)):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, log.read_text()[-4000:]
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+    said = log.read_text()
+    assert f"{stage}: done" not in said
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, f"{stage} was killed, and these went on: {[' '.join(p.cmdline())[:150] for p in alive]}"
+
+
+def has_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
