@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from sample_data import small_config
 from safetensors.torch import save_file
+from sample_data import small_config
 
 from reclora_dist.config.schema import Config, EngineConfig, RayConfig
 from reclora_dist.telemetry import names

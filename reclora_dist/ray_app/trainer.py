@@ -77,4 +77,3 @@ def _run(config: Config, stage: str, adapter: str, context: Context) -> None:
         stages.train_crm(config, context)
     else:
         stages.train_adapter(config, adapter, context)
-

@@ -1,4 +1,4 @@
-"""Two real gloo processes: DDP for the CRM; DeepSpeed ZeRO 0 to 3 and plain torch train the same RecLoRA, and resume."""
+"""Two real gloo processes: DDP for the CRM; ZeRO 0 to 3 and plain torch train the same RecLoRA, and resume."""
 
 import json
 import shutil

@@ -1,5 +1,6 @@
 """A stage as a Ray job: ``ray job submit --working-dir .`` to a cluster of its own, which asks for a token."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from small_run import REPOSITORY, SETTINGS, Finished, digests, environment
 
@@ -48,9 +50,17 @@ def cluster() -> Iterator[str]:
         wait_for(dashboard, node, folder / "head.log")
         yield f"http://127.0.0.1:{dashboard}"
     finally:
-        node.terminate()  # with --block, the head's processes end with it
-        node.wait(timeout=60)
+        stop(psutil.Process(node.pid))
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def stop(node: psutil.Process) -> None:
+    """End a node's processes; its own orderly way takes half a minute."""
+    processes = [node, *node.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def wait_for(port: int, node: subprocess.Popen[bytes], log: Path) -> None:
