@@ -24,7 +24,7 @@ def _fixed(rows: np.ndarray, kind: pa.DataType) -> pa.Array:
 def write_run(
     run: Path, users: int = 60, items: int = 40, events: int = 20, long: int = 8, short: int = 4, seed: int = 0
 ) -> None:
-    """Write ``events/``, ``vectors/`` and ``shards/`` below ``run``: likes follow user and item tastes of four topics."""
+    """Write ``events/``, ``vectors/`` and ``shards/`` below ``run``: likes follow tastes of four topics."""
     rng = np.random.default_rng(seed)
     item_topic, taste = rng.integers(0, 4, items), rng.normal(size=(users, 4))
     table = _events(rng, users, items, events, item_topic, taste)

@@ -12,9 +12,9 @@ from reclora_dist.evaluate.report import Report, write_report
 from reclora_dist.ray_app.evaluate import results
 
 PLANTED = (
-    "The log is synthetic: it plants hidden styles of items that no text names, and tastes for them (partly shared by all "
-    "users, mostly personal) that only the long id history shows. RecLoRA's lead over plain LoRA is built into the data: "
-    "it shows that the method works, not how much it gives on yours."
+    "The log is synthetic: it plants hidden styles of items that no text names, and tastes for them (partly shared by "
+    "all users, mostly personal) that only the long id history shows. RecLoRA's lead over plain LoRA is built into the "
+    "data: it shows that the method works, not how much it gives on yours."
 )
 SAME_ROWS = "All models score the same test rows; intervals resample users 1,000 times; the test split chose nothing."
 
