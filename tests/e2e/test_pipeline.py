@@ -136,7 +136,7 @@ def kill_inside(run: Path, stage: str, place: str) -> None:
 def ends_later(process: psutil.Process) -> bool:
     """Ray's agents look for their node once a minute only; they touch nothing of a run."""
     try:
-        return process.cmdline()[:1] in (["ray::DashboardAgent"], ["ray::RuntimeEnvAgent"])
+        return "".join(process.cmdline()).strip() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     except psutil.Error:
         return False
 

@@ -78,7 +78,7 @@ def seen(cluster: Cluster, expected: set[str]) -> set[str]:
 def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(
     cluster: Cluster, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config(run, epochs=20, checkpoint_every=7)
+    settings = config(run, epochs=12, checkpoint_every=7)
     train_stage(settings, "crm")
     undisturbed = crm_digest(run)
     shutil.rmtree(run / "crm")
