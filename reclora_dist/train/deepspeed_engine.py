@@ -1,6 +1,7 @@
 """Everything that imports DeepSpeed: ZeRO stages 0 to 3 over a frozen base with trainable adapters."""
 
 import fcntl
+import hashlib
 import io
 import os
 import sys
@@ -17,7 +18,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 
 from reclora_dist.config.schema import EngineConfig, TrainConfig
 from reclora_dist.train.context import Context
@@ -129,13 +129,21 @@ def build_communication_op() -> None:
     if get_accelerator().device_name() != "cpu":
         return
     _prefer_own_ninja()
-    root = Path(get_default_build_root())
-    root.mkdir(parents=True, exist_ok=True)
+    root = _build_folder()
     with open(root / "reclora_dist.lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for left_over in root.rglob("deepspeed_shm_comm/lock"):
             left_over.unlink()
         build_shm_op()
+
+
+def _build_folder() -> Path:
+    """Where this environment's ops are built: environments that share a folder rebuild each other's, a minute each."""
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    default = Path.home() / ".cache" / "reclora_dist" / environment
+    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 def _prefer_own_ninja() -> None:
