@@ -16,7 +16,7 @@ PLANTED = (
     "all users, mostly personal) that only the long id history shows. RecLoRA's lead over plain LoRA is built into the "
     "data: it shows that the method works, not how much it gives on yours."
 )
-SAME_ROWS = "All models score the same test rows; intervals resample users 1,000 times; the test split chose nothing."
+SAME_ROWS = "All models score the same test rows; intervals resample users; the test split chose nothing."
 
 
 def write_summary(config: Config, timings: Mapping[str, Any]) -> dict[str, Any]:
