@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reclora_dist.config.schema import RetrievalConfig
-from reclora_dist.contract import schema
-from reclora_dist.contract.manifest import ContractError, FileEntry
-from reclora_dist.contract.parts import read_parts, write_part
-from reclora_dist.contract.schema import EVENTS, HISTORIES, SPLITS, VECTORS
+from reclora_dist.contract.manifest import ContractError
+from reclora_dist.contract.parts import Rows, write_part
+from reclora_dist.contract.schema import EVENTS, HISTORIES, SPLITS, STATISTICS, VECTORS
 from reclora_dist.contract.storage import Folder
 from spark_jobs.stage import Inputs, Job, Output, main, say
+from spark_jobs.transforms import tasks as tasks_of
 from spark_jobs.transforms.histories import histories
-from spark_jobs.transforms.vectors import SharedVectors, share
+from spark_jobs.transforms.tasks import Task
+from spark_jobs.transforms.vectors import COMPARES_VECTORS, SharedSimilarity, share
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 ROWS_PER_GROUP = 20_000
+COLUMNS = ("sample_id", "user", "item", "time", "level", "label", "split", *STATISTICS)
 RESULT = ", ".join(
     ["path string, row_groups array<bigint>, bytes bigint, sha256 string", *[f"{s} bigint" for s in SPLITS]]
 )
@@ -39,10 +41,15 @@ def check(config: RetrievalConfig, inputs: Inputs) -> tuple[RetrievalConfig, Inp
         ValueError: as said.
         ContractError: the vectors were made from another events dataset.
     """
-    if min(config.long, config.short, config.block) < 1:
-        raise ValueError(f"long = {config.long}, short = {config.short}, block = {config.block} must be at least 1")
-    if config.strategy == "semantic" and "vectors" not in inputs.folders:
-        raise ValueError("strategy = semantic compares item vectors: give --vectors, or set strategy=recent")
+    if min(config.long, config.short, config.candidates, config.block) < 1:
+        raise ValueError(
+            f"long = {config.long}, short = {config.short}, candidates = {config.candidates} and block = "
+            f"{config.block} must be at least 1"
+        )
+    if config.bits < 1 or config.bits % 64:
+        raise ValueError(f"bits = {config.bits} must be a multiple of 64")
+    if config.strategy in COMPARES_VECTORS and "vectors" not in inputs.folders:
+        raise ValueError(f"strategy = {config.strategy} compares item vectors: give --vectors, or set strategy=recent")
     made_from = inputs.manifests["vectors"].parents.get("events") if "vectors" in inputs.manifests else None
     if made_from is not None and made_from != inputs.parents["events"]:
         raise ContractError(
@@ -53,42 +60,45 @@ def check(config: RetrievalConfig, inputs: Inputs) -> tuple[RetrievalConfig, Inp
 
 
 def run(spark: "SparkSession", config: RetrievalConfig, inputs: Inputs, out: Folder) -> Output:
-    """Write one part of histories per part of events."""
+    """Write one part of histories per task; tasks are cut by cost, so a hot user's events lie in many."""
     from spark_jobs.parts import each_part, entries_of
 
     events = inputs.manifests["events"]
-    shared = None
-    if config.strategy == "semantic":
-        shared = share(spark, inputs.folders["vectors"], inputs.manifests["vectors"], events.facts["items"])
+    shared = share(spark, config, inputs.folders, inputs.manifests)
     entries = events.select("events/")
-    work = partial(_write, inputs.folders["events"], entries, shared, config, events.facts["min_history"], out)
-    written = each_part(spark, len(entries), work, RESULT).collect()
+    tasks = tasks_of.plan(spark, inputs.folders["events"], entries, config.candidates)
+    job = Retrieval(Rows(inputs.folders["events"], entries), tasks, shared, config, events.facts["min_history"], out)
+    written = each_part(spark, len(tasks), job.write, RESULT).collect()
     counts = {split: sum(row[split] for row in written) for split in SPLITS}
     say("retrieve_history", ", ".join(f"{split} {rows:,}" for split, rows in counts.items()) + f", {config.strategy}")
     facts = {"long": config.long, "short": config.short, "strategy": config.strategy, "counts": counts}
     return Output(entries_of(written), facts)
 
 
-def _write(
-    folder: Folder,
-    entries: Sequence[FileEntry],
-    shared: SharedVectors | None,
-    config: RetrievalConfig,
-    min_history: int,
-    out: Folder,
-    part: int,
-) -> Iterator[pa.RecordBatch]:
-    from spark_jobs.parts import entry_batch
+@dataclass(frozen=True)
+class Retrieval:
+    """What a task needs, and travels to executors."""
 
-    events = read_parts(folder, [entries[part]], schema.events.names)
-    found = histories(events, shared.open() if shared else None, config, min_history)
-    if found.num_rows == 0:
-        return
-    batch = entry_batch([write_part(out, "histories/", part, found, ROWS_PER_GROUP)])
-    for split in SPLITS:
-        rows = pc.sum(pc.equal(found["split"], split).cast(pa.int64())).as_py()
-        batch = batch.append_column(split, pa.array([rows], pa.int64()))
-    yield batch
+    log: Rows
+    tasks: Sequence[Task]
+    shared: SharedSimilarity
+    config: RetrievalConfig
+    min_history: int
+    out: Folder
+
+    def write(self, number: int) -> Iterator[pa.RecordBatch]:
+        """Do task ``number``: one row of the schema RESULT, none if the task has no sample."""
+        from spark_jobs.parts import entry_batch
+
+        events, first = tasks_of.read_with_past(self.log, self.tasks[number], self.config.candidates, COLUMNS)
+        found = histories(events, self.shared.open(), self.config, self.min_history, first)
+        if found.num_rows == 0:
+            return
+        batch = entry_batch([write_part(self.out, "histories/", number, found, ROWS_PER_GROUP)])
+        for split in SPLITS:
+            rows = pc.sum(pc.equal(found["split"], split).cast(pa.int64())).as_py()
+            batch = batch.append_column(split, pa.array([rows], pa.int64()))
+        yield batch
 
 
 JOB = Job(
@@ -97,7 +107,7 @@ JOB = Job(
     config=RetrievalConfig,
     output=HISTORIES,
     run=run,
-    inputs={"events": "folder of the events", "vectors": "folder of the item vectors (strategy=recent does without)"},
+    inputs={"events": "folder of the events", "vectors": "folder of the item vectors (semantic and simhash need them)"},
     optional=frozenset({"vectors"}),
     formats={"events": EVENTS, "vectors": VECTORS},
     prepare=check,

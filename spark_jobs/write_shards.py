@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # spark-submit runs this file by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import pyarrow as pa
+
 from reclora_dist.config.schema import ShardsConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import ContractError, Manifest
@@ -17,9 +19,7 @@ from reclora_dist.contract.storage import Folder
 from spark_jobs.stage import Inputs, Job, Output, main, say
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
-
-    from spark_jobs.transforms.shards import Layout, Shape
+    from pyspark.sql import SparkSession
 
 COPIED = ("rating_levels", "level_likes", "user_fields", "item_fields", "users", "items", "split", "min_history")
 """Facts of the events that readers of shards need, too."""
@@ -32,11 +32,11 @@ def check(config: ShardsConfig, inputs: Inputs) -> tuple[ShardsConfig, Inputs]:
         ValueError: as said.
         ContractError: the histories were made from another events dataset.
     """
-    if min(config.rows_per_file, config.rows_per_group) < 1:
+    if config.rows_per_file < 1 or config.rows_per_group < 0:
         raise ValueError(
-            f"rows_per_file = {config.rows_per_file} and rows_per_group = {config.rows_per_group} start at 1"
+            f"rows_per_file = {config.rows_per_file} starts at 1, rows_per_group = {config.rows_per_group} at 0"
         )
-    if min(config.text_train, config.text_validation, config.text_test) < 0:
+    if min(config.text.values()) < 0:
         raise ValueError("text_train, text_validation and text_test are shares or numbers, not negative ones")
     made_from = inputs.manifests["histories"].parents.get("events", "")
     if made_from != inputs.parents["events"]:
@@ -53,54 +53,60 @@ def run(spark: "SparkSession", config: ShardsConfig, inputs: Inputs, out: Folder
     from spark_jobs.transforms import shards
 
     events, past = inputs.manifests["events"], inputs.manifests["histories"]
+    entries, folder = past.select("histories/"), inputs.folders["histories"]
     shape = shards.Shape(len(events.facts["user_fields"]), past.facts["long"], past.facts["short"])
-    counts = past.facts["counts"]
-    entries = past.select("histories/")
-    samples = _samples(spark, inputs)
-    layout = shards.plan(samples, config, counts)
-    read = partial(shards.packed_part, inputs.folders["histories"], entries, shape)
-    left = shards.placed(each_part(spark, len(entries), read, shards.PACKED), layout)
-    right = shards.placed(samples, layout)
-    grouped = left.groupBy(*shards.KEY).cogroup(right.groupBy(*shards.KEY))
-    files = collect_entries(grouped.applyInArrow(partial(shards.assemble, out, shape, config.rows_per_group), ENTRY))
-    facts = _facts(events, past, layout, shape)
+    text, limits = _text(spark, config, past, folder)
+    crm = past.facts["counts"]
+    layout = shards.Layout(config.seed, _files(crm, config), _files(text, config), limits)
+    profiles = shards.Profiles(inputs.folders["events"], events.select("users/"), shape.user_fields)
+    cut = partial(shards.blocks, folder, entries, profiles, layout, shape)
+    blocks = each_part(spark, len(entries), cut, shards.BLOCK)
+
+    def write(key: tuple[pa.Scalar, ...], found: pa.Table) -> pa.Table:  # Spark reads these hints: no partial here
+        return shards.assemble(out, shape, config.rows_per_group, config.seed, key, found)
+
+    files = collect_entries(blocks.groupBy(*shards.KEY).applyInArrow(write, ENTRY))
+    facts = _facts(events, past, crm, text)
     _verify(files, facts)
     say("write_shards", f"CRM {facts['crm']}, text {facts['text']}")
     return Output(files, facts)
 
 
-def _only(whole: Any, *names: str) -> Any:
-    import pyarrow as pa
+def _text(
+    spark: "SparkSession", config: ShardsConfig, past: Manifest, folder: Folder
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Per split: how many samples the language model gets, and the largest text key among them (-1: none)."""
+    import numpy as np
 
-    return pa.schema([whole.field(name) for name in names])
+    from spark_jobs.parts import each_part
+    from spark_jobs.transforms import shards
+
+    rows, entries = past.facts["counts"], past.select("histories/")
+    limits = {split: shards.limit(asked, rows[split]) for split, asked in config.text.items()}
+    find = partial(shards.keys_below, folder, entries, config, limits)
+    found = each_part(spark, len(entries), find, shards.KEYS).collect()
+    text = {}
+    for split, asked in config.text.items():
+        parts = [row for row in found if row["split"] == split]
+        text[split] = sum(row["rows"] for row in parts)
+        if asked > 1 and text[split] > asked:
+            text[split] = round(asked)
+            keys = np.frombuffer(b"".join(row["keys"] for row in parts), np.uint64)
+            limits[split] = int(np.partition(keys, text[split] - 1)[text[split] - 1])
+    return text, limits
 
 
-def _samples(spark: "SparkSession", inputs: Inputs) -> "DataFrame":
-    """All samples with label, user fields and statistics."""
-    from pyspark.sql import functions as F
-
-    from spark_jobs.parts import read_parts
-    from spark_jobs.transforms.settle import joinable, settle
-    from spark_jobs.transforms.statistics import with_statistics
-
-    manifest, folder = inputs.manifests["events"], inputs.folders["events"]
-    columns = _only(schema.events, "sample_id", "user", "item", "time", "label", "split")
-    events = read_parts(spark, folder, manifest.select("events/"), columns)
-    profile = _only(schema.users(len(manifest.facts["user_fields"])), "user", "fields")
-    users = read_parts(spark, folder, manifest.select("users/"), profile).withColumnRenamed("fields", "user_fields")
-    counted = with_statistics(events, per_user=manifest.facts["split"] == "per_user")
-    samples = counted.where(F.col("earlier") >= manifest.facts["min_history"]).drop("earlier")
-    return settle(samples.join(joinable(users, manifest.facts["users"]), "user"))
+def _files(rows: Mapping[str, int], config: ShardsConfig) -> dict[str, int]:
+    """Files per split, equal but for the chance of a hash."""
+    return {split: max(1, -(-rows[split] // config.rows_per_file)) for split in schema.SPLITS}
 
 
-def _facts(events: Manifest, past: Manifest, layout: "Layout", shape: "Shape") -> dict[str, Any]:
+def _facts(events: Manifest, past: Manifest, crm: Mapping[str, int], text: Mapping[str, int]) -> dict[str, Any]:
     return {
         **{name: events.facts[name] for name in COPIED},
-        "long": shape.long,
-        "short": shape.short,
-        "strategy": past.facts["strategy"],
-        "crm": {split: layout.rows[split] for split in schema.SPLITS},
-        "text": {split: layout.text[split] for split in schema.SPLITS},
+        **{name: past.facts[name] for name in ("long", "short", "strategy")},
+        "crm": {split: crm[split] for split in schema.SPLITS},
+        "text": dict(text),
     }
 
 

@@ -44,7 +44,8 @@ def _events(rng, users, items, events, item_topic, taste) -> pa.Table:  # type: 
             like = int(taste[user - 1, item_topic[item]] + 0.3 * rng.normal() > 0)
             level = int(rng.integers(4, 6) if like else rng.integers(1, 4))
             split = "train" if time < 7_000_000 else "validation" if time < 8_500_000 else "test"
-            rows.append((user << 32 | order, user, int(item) + 1, int(time), float(level), level, like, split))
+            row = (user << 32 | order, user, int(item) + 1, int(time), float(level), level, like, split)
+            rows.append((*row, 0, 0, 0, 0))
     columns = list(zip(*rows, strict=True))
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema.events, strict=True)], schema=schema.events)
 

@@ -1,4 +1,4 @@
-"""Item texts to vectors: mean pooling, then PCA fitted on training items, then unit length for the cosine."""
+"""Item texts to vectors: mean pooling, then PCA fitted on training items, then the grid that makes cosines exact."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 from reclora_dist.backbone.load import load_tokenizer, mean_pool
+from reclora_dist.retrieval import on_grid
 
 Array = npt.NDArray[np.float32]
 
@@ -35,7 +36,7 @@ class TextEncoder:
 
 
 def reduce(vectors: Array, fit_rows: npt.NDArray[np.bool_], dimension: int) -> Array:
-    """Centre, project on the leading principal components of ``vectors[fit_rows]``, scale to unit length.
+    """Centre, project on the leading principal components of ``vectors[fit_rows]``, scale to ``retrieval.on_grid``.
 
     Args:
         vectors: float32 [items, width].
@@ -52,9 +53,7 @@ def reduce(vectors: Array, fit_rows: npt.NDArray[np.bool_], dimension: int) -> A
     if 0 < dimension < vectors.shape[1]:
         basis = _components(centred[fit_rows], dimension)
         centred = centred @ basis
-    norm = np.linalg.norm(centred, axis=1, keepdims=True)
-    unit: Array = (centred / np.maximum(norm, 1e-12)).astype(np.float32)
-    return unit
+    return on_grid(centred)
 
 
 def _components(rows: Array, dimension: int) -> Array:

@@ -80,22 +80,35 @@ class EventsConfig(Section):
 class RetrievalConfig(Section):
     """Which events of a user a sample gets to see; all of them lie strictly before the sample's time."""
 
-    strategy: Literal["semantic", "recent"] = knob("semantic", "most similar to the target item, or the newest")
+    strategy: Literal["semantic", "recent", "random", "category", "simhash"] = knob(
+        "semantic",
+        "semantic: largest cosine to the target item; recent: newest; random: seeded; category: newest of the target's "
+        "category (SIM's hard search); simhash: most equal bits of hashed vectors (ETA)",
+    )
     long: int = knob(60, "history length of the CRM (ids)")
     short: int = knob(10, "history length of the language model (text)")
-    block: int = knob(512, "targets per matrix product; bounds the memory of one step")
+    candidates: int = knob(10_000, "newest events before a sample that are searched; bounds the cost of a sample")
+    category: str = knob("", "strategy=category: the item field that is compared; empty: the first")
+    bits: int = knob(64, "strategy=simhash: bits of a hashed vector, a multiple of 64")
+    seed: int = knob(0, "strategy=random and simhash: seed of the order, of the projections")
+    block: int = knob(128, "targets of one user per matrix product; bounds the memory of one step")
 
 
 @dataclass(frozen=True)
 class ShardsConfig(Section):
     """How samples become training files, and which of them the language model gets."""
 
-    rows_per_file: int = knob(200_000, "rows per Parquet file, about")
-    rows_per_group: int = knob(20_000, "rows per row group, at most")
+    rows_per_file: int = knob(400_000, "rows per Parquet file, about; all files of a split are of one size")
+    rows_per_group: int = knob(20_000, "rows per row group, at most; 0: as many as fill 64 MiB")
     text_train: float = knob(0.08, "language-model training samples: a share up to 1, or a number above 1")
     text_validation: float = knob(2000, "language-model validation samples: a share or a number")
     text_test: float = knob(4000, "language-model test samples: a share or a number")
     seed: int = knob(0, "seed of the row order and of the text samples")
+
+    @property
+    def text(self) -> dict[str, float]:
+        """Language-model samples asked for, per split."""
+        return {"train": self.text_train, "validation": self.text_validation, "test": self.text_test}
 
 
 @dataclass(frozen=True)

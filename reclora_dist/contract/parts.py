@@ -1,6 +1,8 @@
 """Parquet parts of a dataset: written whole under a name that carries their digest, read back verified."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,3 +42,41 @@ def read_parts(folder: Folder, entries: Iterable[FileEntry], columns: Sequence[s
     if not tables:
         raise ValueError(f"{folder.uri!r}: no part matches; its dataset has no such table or split")
     return pa.concat_tables(tables)
+
+
+class Rows:
+    """The rows of several parts, numbered through in path order; a range is read without the row groups outside it."""
+
+    def __init__(self, folder: Folder, entries: Iterable[FileEntry]) -> None:
+        self._folder = folder
+        self._entries = sorted(entries, key=lambda entry: entry.path)
+        self._first = [0, *accumulate(entry.rows for entry in self._entries)]
+
+    def __len__(self) -> int:
+        """All rows."""
+        return self._first[-1]
+
+    def range_of(self, part: int) -> range:
+        """The numbers of the rows of the ``part``-th part."""
+        return range(self._first[part], self._first[part + 1])
+
+    def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """Rows ``start`` to ``stop`` (exclusive, above ``start``).
+
+        Raises:
+            ContractError: a file is missing or its digest does not match.
+        """
+        pieces = []
+        for part in range(bisect_right(self._first, start) - 1, bisect_left(self._first, stop)):
+            own = self.range_of(part)
+            pieces.append(
+                self._piece(part, max(start, own.start) - own.start, min(stop, own.stop) - own.start, columns)
+            )
+        return pa.concat_tables(pieces)
+
+    def _piece(self, part: int, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        entry = self._entries[part]
+        first = [0, *accumulate(entry.row_groups)]
+        groups = range(bisect_right(first, start) - 1, bisect_left(first, stop))
+        read = open_part(self._folder, entry).read_row_groups(list(groups), columns=list(columns))
+        return read.slice(start - first[groups.start], stop - start)

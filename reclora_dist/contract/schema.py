@@ -11,10 +11,10 @@ import pyarrow as pa
 from reclora_dist.contract.manifest import Format
 
 RAW = Format("reclora.raw", 1)
-EVENTS = Format("reclora.events", 1)
+EVENTS = Format("reclora.events", 2)
 BACKBONE = Format("reclora.backbone", 1)
-VECTORS = Format("reclora.vectors", 1)
-HISTORIES = Format("reclora.histories", 1)
+VECTORS = Format("reclora.vectors", 2)
+HISTORIES = Format("reclora.histories", 2)
 SHARDS = Format("reclora.shards", 1)
 CRM = Format("reclora.crm", 1)
 ADAPTER = Format("reclora.adapter", 1)
@@ -25,7 +25,7 @@ SERVICE = Format("reclora.service", 1)
 SPLITS = ("train", "validation", "test")
 
 STATISTICS = ("item_events", "item_likes", "user_events", "user_likes")
-"""Counts over events strictly before the sample's time, in the order of the ``statistics`` column."""
+"""Counts over events strictly before an event's time: columns of the events, and the order of ``statistics``."""
 
 events = pa.schema(
     [
@@ -37,6 +37,7 @@ events = pa.schema(
         pa.field("level", pa.int8(), nullable=False),
         pa.field("label", pa.int8(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
+        *(pa.field(name, pa.int32(), nullable=False) for name in STATISTICS),
     ]
 )
 
@@ -89,6 +90,9 @@ def users(fields: int) -> pa.Schema:
     )
 
 
+_statistics = pa.field("statistics", pa.list_(pa.float32(), len(STATISTICS)), nullable=False)
+
+
 def _sample() -> list[pa.Field]:
     return [
         pa.field("sample_id", pa.int64(), nullable=False),
@@ -109,9 +113,9 @@ def _history(name: str, length: int) -> list[pa.Field]:
 
 
 def histories(long: int, short: int) -> pa.Schema:
-    """Schema of the retrieved histories of every sample."""
+    """Schema of the retrieved histories of every sample, and its running statistics."""
     split = pa.field("split", pa.string(), nullable=False)
-    return pa.schema([*_sample(), split, *_history("long", long), *_history("short", short)])
+    return pa.schema([*_sample(), split, _statistics, *_history("long", long), *_history("short", short)])
 
 
 def crm_shard(user_fields: int, long: int) -> pa.Schema:
@@ -120,7 +124,7 @@ def crm_shard(user_fields: int, long: int) -> pa.Schema:
         [
             *_sample(),
             pa.field("user_fields", _positions(user_fields), nullable=False),
-            pa.field("statistics", pa.list_(pa.float32(), len(STATISTICS)), nullable=False),
+            _statistics,
             *_history("long", long),
         ]
     )

@@ -5,7 +5,7 @@ The whole log lies in memory as flat arrays (about 30 bytes per event), sorted o
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from reclora_dist.contract.manifest import ContractError, Manifest, read_manifes
 from reclora_dist.contract.parts import open_part, read_parts
 from reclora_dist.contract.schema import EVENTS, VECTORS, text_shard
 from reclora_dist.contract.storage import Folder
-from reclora_dist.retrieval import chronological, rank
+from reclora_dist.retrieval import Past, Similarity, check_grid, item_categories, retrieve, similarity
 
 _COLUMNS = ("sample_id", "user", "item", "time", "level", "label", "split")
 _SHOWN = 10
@@ -132,6 +132,8 @@ class FeatureStore:
     _log: _Log
     _counts: _ItemCounts
     _vectors: NDArray[np.float32]
+    _source: tuple[Folder, Manifest]
+    _similarities: dict[RetrievalConfig, Similarity | None] = field(default_factory=dict)
 
     @classmethod
     def load(cls, events: Folder, vectors: Folder) -> "FeatureStore":
@@ -153,6 +155,7 @@ class FeatureStore:
             _log=log,
             _counts=_ItemCounts.of(log),
             _vectors=_read_vectors(vectors, items.num_rows),
+            _source=(events, manifest),
         )
 
     def rows(
@@ -276,7 +279,7 @@ class FeatureStore:
     ) -> pa.Table:
         n, fields = len(targets), self._user_fields.shape[1]
         schema = text_shard(fields, retrieval.long, retrieval.short)
-        best = self._best(past, targets, retrieval)
+        long, short = self._histories(past, targets, retrieval)
         columns: dict[str, Any] = {
             "sample_id": np.arange(n, dtype=np.int64),
             "user": np.full(n, past.user, np.int32),
@@ -285,26 +288,33 @@ class FeatureStore:
             "label": np.zeros(n, np.int8),
             "user_fields": np.broadcast_to(past.fields, (n, fields)),
             "statistics": statistics,
-            **_history("long", past, best[:, : retrieval.long]),
-            **_history("short", past, best[:, : retrieval.short]),
+            **_history("long", past, long),
+            **_history("short", past, short),
         }
         return pa.Table.from_arrays([_array(columns[f.name], f.type) for f in schema], schema=schema)
 
-    def _best(self, past: _Past, targets: NDArray[np.int32], retrieval: RetrievalConfig) -> NDArray[np.int32]:
-        """The past's events that suit each target best, best first, int32 [targets, max(long, short)]."""
-        k = max(retrieval.long, retrieval.short)
-        times = np.full(len(targets), past.time, np.int64)
-        return rank(self._vectors, past.items, past.times, targets, times, k, retrieval.strategy, retrieval.block)
+    def _histories(
+        self, past: _Past, targets: NDArray[np.int32], retrieval: RetrievalConfig
+    ) -> list[NDArray[np.int32]]:
+        """The past's events that each target gets to see, long and short, int32 [targets, length]."""
+        if retrieval not in self._similarities:
+            self._similarities[retrieval] = similarity(retrieval, self._vectors, self._categories(retrieval))
+        events, n = len(past.items), len(targets)
+        seen = Past(past.items, np.arange(events), np.zeros(n, int), np.full(n, events), retrieval.candidates)
+        lengths = (retrieval.long, retrieval.short)
+        return retrieve(self._similarities[retrieval], seen, targets, lengths, retrieval.block)
+
+    def _categories(self, retrieval: RetrievalConfig) -> NDArray[np.int32] | None:
+        return item_categories(*self._source, retrieval.category) if retrieval.strategy == "category" else None
 
 
-def _history(name: str, past: _Past, ranked: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+def _history(name: str, past: _Past, index: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
     """The columns of one retrieved history."""
-    index, length = chronological(ranked)
     real = index >= 0
     return {
         f"{name}_items": np.where(real, past.items[index], np.int32(0)),
         f"{name}_levels": np.where(real, past.levels[index], np.int8(0)),
-        f"{name}_length": length,
+        f"{name}_length": real.sum(axis=1, dtype=np.int32),
     }
 
 
@@ -385,4 +395,5 @@ def _read_vectors(folder: Folder, items: int) -> NDArray[np.float32]:
             f"{folder.uri!r} holds vectors of {vectors.shape[0] - 1} items, the events have {items}: they belong to "
             "another log. Run the embed stage for these events."
         )
+    check_grid(vectors)
     return vectors

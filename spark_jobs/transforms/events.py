@@ -19,10 +19,12 @@ from spark_jobs.stage import Output, say
 from spark_jobs.transforms import clean
 from spark_jobs.transforms.core import k_core
 from spark_jobs.transforms.fields import categories, with_fields, worded
-from spark_jobs.transforms.positions import ordered, positions
+from spark_jobs.transforms.positions import ordered, parted, positions
 from spark_jobs.transforms.ranks import Ranked, with_rank
+from spark_jobs.transforms.running import sliced, unsliced
 from spark_jobs.transforms.settle import joinable, settle
 from spark_jobs.transforms.split import check_fractions, is_sample, split
+from spark_jobs.transforms.statistics import with_statistics
 
 MAX_LEVELS = 64
 """Ratings of a log without a given scale, at most."""
@@ -58,9 +60,10 @@ def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -
         raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine")
     levels = rating_levels(events, config.rating_levels)
     users, items = positions(events, "user_id", "user"), positions(events, "item_id", "item")
-    numbered = settle(ordered(_numbered(events, users, items, levels, config.like_at_least)))
+    rows = counts.get("k_core", counts["clean"])
+    numbered = settle(ordered(sliced(_numbered(events, users, items, levels, config.like_at_least), rows)))
     divided = split(numbered, config)
-    final = settle(divided.events)
+    final = settle(unsliced(with_statistics(divided.events, config.split == "per_user")))
     counts |= split_counts(final, config)
     _say(", ".join(f"{name} {rows:,}" for name, rows in counts.items()))
     user_table = _profiled(users.frame, judged.users, "user", log.user_fields)
@@ -157,9 +160,8 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
 
 
 def write_events(events: DataFrame, out: Folder, rows: int) -> list[FileEntry]:
-    """Write the event table: whole users per part, sorted by user and order."""
-    placed = events.withColumn("part", part_of("user", rows))
-    return write_parts(placed, out, "events/", schema.events, ["user", "order"])
+    """Write the event table, sorted by user and order, in parts of equally many rows."""
+    return write_parts(parted(events, rows), out, "events/", schema.events, ["user", "order"])
 
 
 def _timed(events: DataFrame, clock: bool) -> DataFrame:

@@ -1,7 +1,5 @@
-"""One part of events to the retrieved histories of its samples: Arrow in, Arrow out."""
+"""Events to the retrieved histories of their samples: Arrow in, Arrow out, many users at once."""
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,61 +8,56 @@ from numpy.typing import NDArray
 
 from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract import schema
-from reclora_dist.retrieval import chronological, rank
+from reclora_dist.retrieval import Past, Similarity, retrieve
 
 Log = dict[str, NDArray[Any]]
 
 
 def histories(
-    events: pa.Table, vectors: NDArray[np.float32] | None, config: RetrievalConfig, min_history: int
+    events: pa.Table, similarity: Similarity | None, config: RetrievalConfig, min_history: int, first: int = 0
 ) -> pa.Table:
-    """The samples of a part with their long and short histories, in the schema ``histories``.
+    """The samples among the events, with their long and short histories, in the schema ``histories``.
 
     Args:
-        events: whole users, sorted by user and order (schema ``events``).
-        vectors: float32 [items + 1, D]; only the strategy ``recent`` does without.
+        events: sorted by user and order (schema ``events``); of a user's events the newest ``config.candidates``
+            before the first sample must be there.
+        similarity: scores of events for targets; None takes the newest.
         config: what to retrieve.
         min_history: events strictly before a sample that make it one.
+        first: rows before this one are history only.
     """
+    log: Log = {name: events[name].to_numpy() for name in ("sample_id", "user", "item", "time", "level")}
+    places = log["sample_id"] & 0xFFFFFFFF
+    starts, stops = before(log["user"], log["time"])
+    samples = np.flatnonzero((places[stops] >= min_history) & (np.arange(len(places)) >= first))
+    past = Past(log["item"], places, starts[samples], stops[samples], config.candidates)
+    found = retrieve(similarity, past, log["item"][samples], (config.long, config.short), config.block)
     target = schema.histories(config.long, config.short)
-    tables = [_of_user(user, log, vectors, config, target, min_history) for user, log in _users(events)]
-    return pa.concat_tables([target.empty_table(), *tables])
-
-
-def _users(events: pa.Table) -> Iterator[tuple[pa.Table, Log]]:
-    numbers = {name: events[name].to_numpy() for name in ("user", "item", "time", "level")}
-    user = numbers["user"]
-    cuts = [0, *(np.flatnonzero(np.diff(user)) + 1).tolist(), len(user)]
-    for start, stop in pairwise(cuts):
-        if stop > start:
-            yield events.slice(start, stop - start), {name: values[start:stop] for name, values in numbers.items()}
-
-
-def _of_user(
-    events: pa.Table,
-    log: Log,
-    vectors: NDArray[np.float32] | None,
-    config: RetrievalConfig,
-    target: pa.Schema,
-    min_history: int,
-) -> pa.Table:
-    earlier = np.searchsorted(log["time"], log["time"], side="left")
-    samples = np.flatnonzero(earlier >= min_history)
-    moments, items = log["time"][samples], log["item"][samples]
-    table = np.zeros((int(log["item"].max()) + 1, 1), np.float32) if vectors is None else vectors
-    k = max(config.long, config.short)
-    ranked = rank(table, log["item"], log["time"], items, moments, k, config.strategy, config.block)
-    columns = [events[name].take(pa.array(samples)).combine_chunks() for name in target.names[:6]]
-    for length in (config.long, config.short):
-        columns += _history(log, ranked[:, :length], length)
+    taken = events.take(pa.array(samples)).combine_chunks()
+    columns = [taken[name] for name in target.names if name in events.column_names]
+    for list_of in (_statistics(taken), *(_history(log, index) for index in found)):
+        columns += list_of
     return pa.Table.from_arrays(columns, schema=target)
 
 
-def _history(log: Log, ranked: NDArray[np.int32], length: int) -> list[pa.Array]:
-    """Items and levels, padded with 0 at the end, and real length of the histories in ``ranked`` [T, length]."""
-    index, real = chronological(ranked)
+def before(users: NDArray[Any], times: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Per event of logs in order of user and time: its user's first event, and the first not strictly before it."""
+    place = np.arange(len(users))
+    new_user = np.diff(users, prepend=-1) != 0
+    new_time = new_user | (np.diff(times, prepend=0) != 0)
+    return tuple(np.maximum.accumulate(np.where(new, place, 0)) for new in (new_user, new_time))  # type: ignore[return-value]
+
+
+def _statistics(events: pa.Table) -> list[pa.Array]:
+    counts = np.stack([events[name].to_numpy() for name in schema.STATISTICS], axis=1)
+    return [pa.FixedSizeListArray.from_arrays(pa.array(counts.ravel(), pa.float32()), counts.shape[1])]
+
+
+def _history(log: Log, index: NDArray[np.int32]) -> list[pa.Array]:
+    """Items and levels, padded with 0 at the end, and real length of the histories ``index`` [T, length]."""
+    real = index >= 0
     columns = []
     for name, kind in (("item", pa.int32()), ("level", pa.int8())):
-        values = np.where(index < 0, 0, log[name][index]).ravel()
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values, kind), length))
-    return [*columns, pa.array(real)]
+        values = np.where(real, log[name][index], log[name].dtype.type(0)).ravel()
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values, kind), index.shape[1]))
+    return [*columns, pa.array(real.sum(axis=1, dtype=np.int32))]

@@ -1,40 +1,45 @@
-"""Samples to shards: who goes into which file, and a file put together from its histories and its samples."""
+"""Samples to shards: which samples the language model gets, which file a row goes to, and a file put together.
+
+Rows travel in blocks: a task cuts its part of the histories into one block per file, so the shuffle moves a few large
+values and no single row.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from reclora_dist.config.schema import ShardsConfig
 from reclora_dist.contract import schema
-from reclora_dist.contract.manifest import ContractError, FileEntry
-from reclora_dist.contract.parts import open_part, write_part
+from reclora_dist.contract.manifest import FileEntry
+from reclora_dist.contract.parts import open_part, read_parts, write_part
 from reclora_dist.contract.storage import Folder
-from spark_jobs.parts import entry_batch
-from spark_jobs.transforms.packed import pack, unpack
-from spark_jobs.transforms.ranks import rows_at
+from spark_jobs.parts import ROWS_PER_PART, entry_batch
 
 KEY = ("kind", "split", "file")
 """Columns that name a file: crm or text, the split, and its number."""
 
+BLOCK = "kind string, split string, file int, rows binary"
+"""Spark schema of rows on their way to a file: an Arrow stream."""
 
-PACKED = "sample_id bigint, split string, past binary"
-"""Spark schema of packed histories."""
+KEYS = "split string, rows bigint, keys binary"
+
+_LAST = 2**64 - 1
+_GROUP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where samples go. ``text`` is, per split, how many the language model gets; ``limits`` the largest text key
-    among those; ``rows`` all samples of the split.
-    """
+    """Where samples go: per split the number of files of either kind, and the largest text key (-1: no text rows)."""
 
-    config: ShardsConfig
-    rows: Mapping[str, int]
-    text: Mapping[str, int]
-    limits: Mapping[str, int]
+    seed: int
+    crm_files: Mapping[str, int]
+    text_files: Mapping[str, int]
+    text_limits: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -45,119 +50,148 @@ class Shape:
     long: int
     short: int
 
-    @property
-    def past(self) -> list[pa.Field]:
-        """The columns of a history, as they are packed."""
-        whole = schema.histories(self.long, self.short)
-        return [field for field in whole if field.name.startswith(("long_", "short_"))]
-
     def schema(self, kind: str) -> pa.Schema:
         """Arrow schema of the shards of a kind."""
         if kind == "crm":
             return schema.crm_shard(self.user_fields, self.long)
         return schema.text_shard(self.user_fields, self.long, self.short)
 
-
-def packed_part(folder: Folder, entries: Sequence[FileEntry], shape: Shape, index: int) -> Iterator[pa.RecordBatch]:
-    """Part ``index`` of the histories in batches of the schema PACKED."""
-    for batch in open_part(folder, entries[index]).iter_batches():
-        table = pa.Table.from_batches([batch])
-        columns = [batch.column("sample_id"), batch.column("split"), pack(table, shape.past)]
-        yield pa.RecordBatch.from_arrays(columns, names=["sample_id", "split", "past"])
+    def rows_per_group(self, kind: str, asked: int) -> int:
+        """As asked, or as many rows as fill 64 MiB uncompressed."""
+        return asked or max(1, _GROUP_BYTES // sum(_bytes(field.type) for field in self.schema(kind)))
 
 
-def plan(samples: DataFrame, config: ShardsConfig, rows: Mapping[str, int]) -> Layout:
-    """Decide how many and which samples the language model gets.
+def _bytes(kind: pa.DataType) -> int:
+    size = kind.list_size if pa.types.is_fixed_size_list(kind) else 1
+    return int(size * (kind.value_type if pa.types.is_nested(kind) else kind).bit_width // 8)
 
-    Args:
-        samples: with sample_id and split.
-        config: the sizes asked for.
-        rows: samples per split.
+
+def hashed(sample_ids: NDArray[np.int64], seed: int, purpose: int) -> NDArray[np.uint64]:
+    """64 well-mixed bits per sample (the finaliser of SplitMix64), others for every seed and purpose."""
+    start = np.random.default_rng([seed, purpose]).integers(0, _LAST, dtype=np.uint64, endpoint=True)
+    value = sample_ids.astype(np.uint64) + start
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
+    mixed: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return mixed
+
+
+def text_key(sample_ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """The language model gets the samples with the smallest keys."""
+    return hashed(sample_ids, seed, 1)
+
+
+def place(sample_ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """The order of rows in the shards."""
+    return hashed(sample_ids, seed, 2)
+
+
+def limit(asked: float, rows: int) -> int:
+    """A text key that the samples asked for do not exceed: exact for a share, some more for a number; -1 for none."""
+    if asked <= 1:
+        return round(asked * 2**64) - 1
+    enough = asked + 6 * asked**0.5 + 10
+    return _LAST if enough >= rows else int(enough / rows * 2**64)
+
+
+def keys_below(
+    folder: Folder, entries: Sequence[FileEntry], config: ShardsConfig, limits: Mapping[str, int], part: int
+) -> Iterator[pa.RecordBatch]:
+    """How many text keys of one part of the histories are within the limit of their split (schema KEYS).
+
+    The keys themselves come along where a number of samples was asked for, and the largest is yet to be found.
     """
-    asked = dict(zip(schema.SPLITS, (config.text_train, config.text_validation, config.text_test), strict=True))
-    text = {split: text_rows(asked[split], rows[split]) for split in schema.SPLITS}
-    chosen = sorted(split for split in schema.SPLITS if text[split])
-    before = {split: sum(rows[other] for other in schema.SPLITS if other < split) for split in chosen}
-    keyed = samples.select("split", _text_key(config.seed).alias("key"))
-    last = rows_at(keyed, ["split", "key"], lambda _: [before[split] + text[split] - 1 for split in chosen])
-    return Layout(config, rows, text, {split: row["key"] for split, row in zip(chosen, last, strict=True)})
+    table = open_part(folder, entries[part]).read(columns=["sample_id", "split"])
+    key = text_key(table["sample_id"].to_numpy(), config.seed)
+    for split, asked in config.text.items():
+        found = key[_is(table, split) & _within(key, limits[split])]
+        keys = found.tobytes() if asked > 1 else b""
+        yield pa.record_batch({"split": [split], "rows": [len(found)], "keys": [keys]})
 
 
-def text_rows(asked: float, rows: int) -> int:
-    """How many of ``rows`` samples a setting asks for: a share up to 1, or a number above 1."""
-    return min(rows, round(asked * rows if asked <= 1 else asked))
-
-
-def placed(samples: DataFrame, layout: Layout) -> DataFrame:
-    """One row per file that a sample goes to, with the columns KEY and ``place``, which orders the rows of a file.
-
-    All of it follows from sample_id, split and the layout, so two frames of the same samples are placed alike.
-    """
-    place = F.xxhash64("sample_id", F.lit(layout.config.seed))
-    share = (F.col("place").cast("double") + 2.0**63) / 2.0**64
-    choices = [F.struct(F.lit("crm").alias("kind"), _file(share, layout, layout.rows).alias("file"))]
-    key = _text_key(layout.config.seed)
-    for split, limit in layout.limits.items():
-        chosen = (F.col("split") == split) & (key <= limit)
-        text = F.struct(F.lit("text").alias("kind"), _file(share, layout, layout.text).alias("file"))
-        choices.append(F.when(chosen, text))
-    spread = samples.withColumn("place", place).withColumn("_target", F.explode(F.array_compact(F.array(*choices))))
-    return spread.withColumns({"kind": F.col("_target.kind"), "file": F.col("_target.file")}).drop("_target")
-
-
-def assemble(
-    folder: Folder,
-    shape: Shape,
-    rows_per_group: int,
-    key: tuple[pa.Scalar, ...],
-    histories: pa.Table,
-    samples: pa.Table,
-) -> pa.Table:
-    """Write the file ``key``: its samples joined with their histories, in order of ``place``.
-
-    Returns:
-        One row of the schema ``parts.ENTRY``.
-
-    Raises:
-        ContractError: histories and events do not hold the same samples.
-    """
-    kind, split, file = (scalar.as_py() for scalar in key)
-    ids = histories["sample_id"].to_numpy()
-    order = np.lexsort((ids, histories["place"].to_numpy()))
-    match = _match(ids[order], samples["sample_id"].to_numpy())
-    target = shape.schema(kind)
-    held = unpack(histories["past"].take(pa.array(order)).combine_chunks(), shape.past)
-    matched = samples.take(pa.array(match))
-    columns = [
-        held[field.name] if field.name in held else matched[field.name].combine_chunks().cast(field.type)
-        for field in target
-    ]
-    table = pa.Table.from_arrays(columns, schema=target)
-    entry = write_part(folder, f"{kind}/split={split}/", file, table, rows_per_group)
-    return pa.Table.from_batches([entry_batch([entry])])
-
-
-def _match(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Where each wanted id lies among ``ids``."""
-    sorter = np.argsort(ids)
-    if not np.array_equal(ids[sorter], np.sort(wanted)):
-        raise ContractError(
-            f"the histories of a file hold {len(wanted)} samples, the events {len(ids)}, and they are not the same: "
-            "the datasets do not belong together. Run retrieve_history on these events."
-        )
-    found: np.ndarray = sorter[np.searchsorted(ids, wanted, sorter=sorter)]
+def _within(key: NDArray[np.uint64], most: int) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (key <= np.uint64(max(most, 0))) & (most >= 0)
     return found
 
 
-def _text_key(seed: int) -> Column:
-    return F.xxhash64("sample_id", F.lit(seed), F.lit("text"))
-
-
-def _file(share: Column, layout: Layout, rows: Mapping[str, int]) -> Column:
-    """The file of a row: files cut the order of ``place`` into equal stretches."""
-    column = F.lit(0)
+def blocks(
+    histories: Folder, entries: Sequence[FileEntry], profiles: "Profiles", layout: Layout, shape: Shape, part: int
+) -> Iterator[pa.RecordBatch]:
+    """One part of the histories as blocks of the schema BLOCK."""
+    table = open_part(histories, entries[part]).read()
+    table = table.append_column("user_fields", profiles.of(table["user"].to_numpy()))
+    ids = table["sample_id"].to_numpy()
+    share = place(ids, layout.seed).astype(np.float64) / 2.0**64
+    key = text_key(ids, layout.seed)
     for split in schema.SPLITS:
-        files = max(1, -(-rows[split] // layout.config.rows_per_file))
-        number = F.least(F.floor(share * files), F.lit(files - 1)).cast("int")
-        column = F.when(F.col("split") == split, number).otherwise(column)
-    return column
+        rows = np.flatnonzero(_is(table, split))
+        text = rows[_within(key[rows], layout.text_limits[split])]
+        yield from _by_file(table, shape.schema("crm"), ("crm", split), rows, share, layout.crm_files[split])
+        yield from _by_file(table, shape.schema("text"), ("text", split), text, share, layout.text_files[split])
+
+
+def _is(table: pa.Table, split: str) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = pc.equal(table["split"], split).to_numpy()
+    return found
+
+
+def _by_file(
+    table: pa.Table, target: pa.Schema, name: tuple[str, str], rows: NDArray[Any], share: NDArray[Any], files: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows in order of file, one block per file."""
+    file = np.minimum((share[rows] * files).astype(np.int32), files - 1)
+    order = np.argsort(file, kind="stable")
+    cuts = np.searchsorted(file[order], np.arange(files + 1))
+    whole = table.select(target.names).take(pa.array(rows[order])).cast(target)
+    for number in range(files):
+        start, stop = int(cuts[number]), int(cuts[number + 1])
+        if stop > start:
+            block = _stream(whole.slice(start, stop - start))
+            columns = [pa.array([value]) for value in name]
+            yield pa.RecordBatch.from_arrays(
+                [*columns, pa.array([number], pa.int32()), pa.array([block], pa.binary())], [*KEY, "rows"]
+            )
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    found: bytes = sink.getvalue().to_pybytes()
+    return found
+
+
+def assemble(
+    folder: Folder, shape: Shape, rows_per_group: int, seed: int, key: tuple[pa.Scalar, ...], found: pa.Table
+) -> pa.Table:
+    """Write the file ``key`` from its blocks, rows in order of ``place``.
+
+    Returns:
+        One row of the schema ``parts.ENTRY``.
+    """
+    kind, split, file = (scalar.as_py() for scalar in key)
+    table = pa.concat_tables(pa.ipc.open_stream(block.as_buffer()).read_all() for block in found["rows"])
+    ids = table["sample_id"].to_numpy()
+    order = np.lexsort((ids, place(ids, seed)))
+    rows = shape.rows_per_group(kind, rows_per_group)
+    entry = write_part(folder, f"{kind}/split={split}/", file, table.take(pa.array(order)), rows)
+    return pa.Table.from_batches([entry_batch([entry])])
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The users' fields, read where they are needed: a part of the histories holds users that stand together."""
+
+    folder: Folder
+    entries: Sequence[FileEntry]
+    fields: int
+
+    def of(self, users: NDArray[np.int32]) -> pa.Array:
+        """The fields of some users, lists of ``fields`` positions."""
+        if not self.fields:
+            return pa.array([[]] * len(users), pa.list_(pa.int32()))
+        first, last = ((int(user) - 1) // ROWS_PER_PART for user in (users.min(), users.max()))
+        profile = read_parts(self.folder, self.entries[first : last + 1], ["user", "fields"])
+        flat = profile["fields"].combine_chunks().flatten().to_numpy().reshape(-1, self.fields)
+        rows = np.searchsorted(profile["user"].to_numpy(), users)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat[rows].ravel(), pa.int32()), self.fields)

@@ -1,7 +1,8 @@
-"""The item vectors on executors: memory-mapped where the file is local, else broadcast."""
+"""What a strategy compares, on executors: item vectors memory-mapped where the file is local, else broadcast."""
 
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,11 +10,16 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, verified
 from reclora_dist.contract.storage import Folder
+from reclora_dist.retrieval import Semantic, Similarity, check_grid, item_categories, similarity
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+COMPARES_VECTORS = ("semantic", "simhash")
+"""Strategies that need item vectors."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +34,55 @@ class SharedVectors:
         source = self.path if self.broadcast is None else io.BytesIO(self.broadcast.value)
         mode: Literal["r"] | None = "r" if self.broadcast is None else None
         table: NDArray[np.float32] = np.load(source, mmap_mode=mode, allow_pickle=False)
-        return table
+        return table.view(np.ndarray)
 
 
-def share(spark: "SparkSession", folder: Folder, manifest: Manifest, items: int) -> SharedVectors:
-    """Check the vectors' file and make it available to executors.
+@dataclass(frozen=True)
+class SharedSimilarity:
+    """The strategy's scores on executors: vectors where they lie, or the whole object broadcast."""
+
+    vectors: SharedVectors | None = None
+    whole: Any = None
+
+    def open(self) -> Similarity | None:
+        """The scores; None for the newest events."""
+        if self.vectors is not None:
+            return Semantic(self.vectors.open())
+        found: Similarity | None = None if self.whole is None else self.whole.value
+        return found
+
+
+def share(
+    spark: "SparkSession", config: RetrievalConfig, folders: Mapping[str, Folder], manifests: Mapping[str, Manifest]
+) -> SharedSimilarity:
+    """Check what the strategy compares, and make it available to executors.
 
     Raises:
-        ContractError: there is no such file, its bytes changed, or it has vectors of another number of items.
+        ContractError: the vectors' file is missing, its bytes changed, or it has vectors of another number of items.
+        ValueError: the vectors are not on the grid, or the items lack the field that is compared.
     """
-    entries = manifest.select("vectors-")
+    vectors = _checked(spark, folders, manifests) if config.strategy in COMPARES_VECTORS else None
+    if config.strategy == "semantic":
+        return SharedSimilarity(vectors)
+    by_category = config.strategy == "category"
+    categories = item_categories(folders["events"], manifests["events"], config.category) if by_category else None
+    scores = similarity(config, vectors.open() if vectors else None, categories)
+    return SharedSimilarity(whole=None if scores is None else spark.sparkContext.broadcast(scores))
+
+
+def _checked(spark: "SparkSession", folders: Mapping[str, Folder], manifests: Mapping[str, Manifest]) -> SharedVectors:
+    folder, items = folders["vectors"], manifests["events"].facts["items"]
+    entries = manifests["vectors"].select("vectors-")
     if len(entries) != 1:
         raise ContractError(f"{folder.uri!r} names {len(entries)} files vectors-*.npy, not one. Run `embed` again.")
     shared = _shared(spark, folder, entries[0])
-    shape = shared.open().shape
-    if len(shape) != 2 or shape[0] != items + 1:
+    table = shared.open()
+    if table.ndim != 2 or len(table) != items + 1:
         raise ContractError(
-            f"{folder.uri!r} has vectors of shape {list(shape)}, but the log has {items} items, which takes "
+            f"{folder.uri!r} has vectors of shape {list(table.shape)}, but the log has {items} items, which takes "
             f"{items + 1} rows. Run `embed` on these events."
         )
+    check_grid(table)
     return shared
 
 

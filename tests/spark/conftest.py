@@ -18,6 +18,7 @@ from reclora_dist.contract.manifest import Manifest, add_file, commit, file_entr
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.retrieval import on_grid
 from spark_jobs import build_events, retrieve_history, session, stage, synthesise, write_shards
 
 JOBS = {job.JOB.name: job.JOB for job in (synthesise, build_events, retrieve_history, write_shards)}
@@ -64,10 +65,10 @@ def rows_fixture() -> Callable[..., list[dict[str, Any]]]:
 
 
 def write_vectors(events: Path, out: Path, dimension: int = 8) -> None:
-    """Random unit vectors for every item of an events dataset."""
+    """Random vectors on the grid for every item of an events dataset."""
     made = read_manifest(Folder(str(events)), EVENTS)
     table = np.random.default_rng(0).normal(size=(made.facts["items"] + 1, dimension)).astype(np.float32)
-    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    table = on_grid(table)
     table[0] = 0
     content = io.BytesIO()
     np.save(content, table)

@@ -118,7 +118,7 @@ def test_a_flipped_byte_is_found_on_the_executor(run, finished, tmp_path: Path) 
 def test_missing_and_foreign_manifests(run, finished, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"has no manifest.json: the stage that writes 'reclora.events'"):
         run("retrieve_history", tmp_path / "out", "strategy=recent", events=tmp_path / "nothing")
-    with pytest.raises(ContractError, match=r"holds format 'reclora.histories' version 1"):
+    with pytest.raises(ContractError, match=r"holds format 'reclora.histories' version 2"):
         run("retrieve_history", tmp_path / "out", "strategy=recent", events=finished.folder / "histories")
     with pytest.raises(ValueError, match="give --vectors, or set strategy=recent"):
         run("retrieve_history", tmp_path / "out", events=finished.folder / "events")

@@ -15,16 +15,17 @@ from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS, HISTORIES, SHARDS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.retrieval import similarity
 from spark_jobs.transforms import shards
 from spark_jobs.transforms.histories import histories
-from spark_jobs.transforms.packed import pack, unpack
 
 
 def part_of(log: list[tuple[int, int, int]]) -> pa.Table:
     """An events part of (user, time, item), sorted as parts are; the level tells the event's order."""
     found, seen = [], Counter()
     for user, time, item in sorted(log):
-        found.append((user << 32 | seen[user], user, item, time, 1.0, min(127, seen[user] + 1), 1, "train"))
+        order = seen[user]
+        found.append((user << 32 | order, user, item, time, 1.0, min(127, order + 1), 1, "train", 0, 0, order, order))
         seen[user] += 1
     columns = list(zip(*found, strict=True)) or [()] * len(schema.events)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema.events, strict=True)], schema=schema.events)
@@ -41,7 +42,7 @@ def test_no_history_holds_an_event_at_or_after_its_sample(log: list, strategy: s
     events = part_of(log)
     vectors = np.eye(7, 3, dtype=np.float32)
     config = RetrievalConfig(strategy=strategy, long=5, short=2, block=3)
-    made = histories(events, vectors if strategy == "semantic" else None, config, min_history)
+    made = histories(events, similarity(config, vectors, None), config, min_history)
     assert made.schema.equals(schema.histories(5, 2))
     by_user = {u: [e for e in events.to_pylist() if e["user"] == u] for u in (1, 2, 3)}
     for row in made.to_pylist():
@@ -57,24 +58,6 @@ def test_no_history_holds_an_event_at_or_after_its_sample(log: list, strategy: s
         e["sample_id"] for u in by_user.values() for e in u if sum(o["time"] < e["time"] for o in u) >= min_history
     }
     assert {row["sample_id"] for row in made.to_pylist()} == wanted
-
-
-@given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_packed_columns_come_back(rows: int, length: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    fields = shards.Shape(0, length, 1).past
-    columns = {}
-    for field in fields:
-        kind = field.type.value_type if pa.types.is_fixed_size_list(field.type) else field.type
-        size = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
-        flat = pa.array(rng.integers(-100, 100, rows * size), kind)
-        columns[field.name] = pa.FixedSizeListArray.from_arrays(flat, size) if field.type != kind else flat
-    table = pa.table(columns)
-    for part in (table, table.slice(rows // 2)):
-        packed = pack(part, fields)
-        back = unpack(packed, fields)
-        assert pa.table(back).cast(part.schema).equals(part)
-        assert unpack(packed.slice(1), fields)["long_length"].to_pylist() == part["long_length"].to_pylist()[1:]
 
 
 def all_events(finished, rows) -> list[dict]:
@@ -129,8 +112,11 @@ def test_shards_join_events_and_histories_by_sample(finished, rows) -> None:
         for row in text:
             assert {name: row[name] for name in crm[row["sample_id"]]} == crm[row["sample_id"]]
             assert all(row[name] == past[row["sample_id"]][name] for name in row if name.startswith("short_"))
-        wanted = {"train": round(0.25 * len(crm)), "validation": 20, "test": len(crm)}[split]
-        assert len(text) == len({row["sample_id"] for row in text}) == wanted == made.facts["text"][split]
+        keys = {i: int(shards.text_key(np.array([i]), 0)[0]) for i in crm}
+        few = {i for i, key in keys.items() if key < 0.25 * 2**64}
+        wanted = {"train": few, "validation": set(sorted(keys, key=lambda i: keys[i])[:20]), "test": set(crm)}[split]
+        assert {row["sample_id"] for row in text} == wanted
+        assert len(text) == len(wanted) == made.facts["text"][split]
         assert made.facts["crm"][split] == len(crm)
         found += list(crm)
     assert sorted(found) == sorted(past)
@@ -160,11 +146,6 @@ def test_content_does_not_depend_on_partitions(spark, run, build_all, finished, 
         for partitions in ("2", "7"):
             again = read_manifest(Folder(str(tmp_path / partitions / name)), expected)
             assert again.content_digest == first.content_digest, name
-
-
-@pytest.mark.parametrize(("asked", "rows"), [(0, 0), (0.5, 50), (1, 100), (2, 2), (1000, 100), (0.004, 0)])
-def test_text_rows_are_a_share_or_a_number(asked: float, rows: int) -> None:
-    assert shards.text_rows(asked, 100) == rows
 
 
 @pytest.mark.parametrize("finished", ["global_time"], indirect=True)

@@ -21,6 +21,7 @@ from reclora_dist.data.features import (
     UnknownItemError,
     UnknownUserError,
 )
+from reclora_dist.retrieval import on_grid
 
 USERS, ITEMS, DIMENSION = 7, 12, 3
 LEVELS = [0.5, 1.0, 2.5, 4.0]
@@ -38,7 +39,8 @@ def log(seed: int = 0) -> list[dict]:
             level = int(rng.integers(1, len(LEVELS) + 1))
             split = schema.SPLITS[int(rng.integers(3))]
             row = {"sample_id": user << 32 | order, "user": user, "item": int(rng.integers(1, ITEMS + 1)), "time": time}
-            rows.append(row | {"rating": LEVELS[level - 1], "level": level, "label": LIKES[level - 1], "split": split})
+            row |= {"rating": LEVELS[level - 1], "level": level, "label": LIKES[level - 1], "split": split}
+            rows.append(row | dict.fromkeys(schema.STATISTICS, 0))  # the store counts for itself
     return rows
 
 
@@ -67,8 +69,7 @@ def write_events(folder: Folder, rows: list[dict], split_times: list[int]) -> No
 
 
 def write_vectors(folder: Folder, items: int = ITEMS) -> np.ndarray:
-    vectors = np.random.default_rng(1).normal(size=(items + 1, DIMENSION)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = on_grid(np.random.default_rng(1).normal(size=(items + 1, DIMENSION)))
     vectors[0] = 0
     buffer = io.BytesIO()
     np.save(buffer, vectors)
@@ -101,9 +102,8 @@ def expected_statistics(user: int, item: int, time: int, train_only: bool) -> li
 
 def expected_history(past: list[dict], target: int, k: int) -> tuple[list[int], list[int], int]:
     """Items, levels and length of the k events most similar to the target, ties: newer first; oldest first."""
-    vectors = np.random.default_rng(1).normal(size=(ITEMS + 1, DIMENSION)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosine = [round(float(vectors[r["item"]].astype(float) @ vectors[target].astype(float)), 6) for r in past]
+    vectors = on_grid(np.random.default_rng(1).normal(size=(ITEMS + 1, DIMENSION))).astype(float)
+    cosine = [vectors[r["item"]] @ vectors[target] for r in past]
     best = sorted(sorted(range(len(past)), key=lambda i: (cosine[i], i), reverse=True)[:k])
     pad = [0] * (k - len(best))
     return [past[i]["item"] for i in best] + pad, [past[i]["level"] for i in best] + pad, len(best)

@@ -1,0 +1,31 @@
+"""Which events of a user's past a sample gets to see.
+
+Spark jobs and the service both call this, so a history is the same in training and in serving.
+"""
+
+from reclora_dist.retrieval.categories import item_categories
+from reclora_dist.retrieval.nearest import Past, retrieve
+from reclora_dist.retrieval.similarity import (
+    Category,
+    Random,
+    Semantic,
+    SimHash,
+    Similarity,
+    check_grid,
+    on_grid,
+    similarity,
+)
+
+__all__ = [
+    "Category",
+    "Past",
+    "Random",
+    "Semantic",
+    "SimHash",
+    "Similarity",
+    "check_grid",
+    "item_categories",
+    "on_grid",
+    "retrieve",
+    "similarity",
+]

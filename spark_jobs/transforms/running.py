@@ -1,0 +1,59 @@
+"""What lies before each event of a user or an item, counted without one task per key.
+
+The log is cut into slices of time. Within a slice a window counts; what the slices before it hold of the key is one
+number, added afterwards. So the events of a hot user or item spread over as many tasks as there are slices.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pyspark.sql import Column, DataFrame, Window, WindowSpec
+from pyspark.sql import functions as F
+
+ROWS_PER_SLICE = 1_000_000
+
+_SLICE = "_slice"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running sum of ``value``: ``inside`` is what a window of one key and slice, in order of time, has of it."""
+
+    value: Column
+    inside: Callable[[WindowSpec], Column]
+
+
+def strictly_before(value: Column) -> Running:
+    """The sum of ``value`` over events with a smaller time; events at the same time do not see one another."""
+    return Running(
+        value,
+        lambda window: F.coalesce(
+            F.sum(value).over(window.orderBy("time").rangeBetween(Window.unboundedPreceding, -1)), F.lit(0)
+        ),
+    )
+
+
+def sliced(events: DataFrame, rows: int, rows_per_slice: int = ROWS_PER_SLICE) -> DataFrame:
+    """Mark every event's slice: equal stretches of time, so many that one holds about ``rows_per_slice`` rows."""
+    slices = -(-rows // rows_per_slice)
+    if slices <= 1:
+        return events.withColumn(_SLICE, F.lit(0))
+    first, last = events.agg(F.min("time"), F.max("time")).first() or (0, 0)
+    width = (last - first) // slices + 1
+    return events.withColumn(_SLICE, F.floor((F.col("time") - F.lit(first)) / F.lit(width)).cast("int"))
+
+
+def unsliced(events: DataFrame) -> DataFrame:
+    """The events without the mark."""
+    return events.drop(_SLICE)
+
+
+def running(events: DataFrame, key: str, sums: Mapping[str, Running]) -> DataFrame:
+    """Add bigint columns of running sums over the events of the same ``key``; events must be ``sliced``."""
+    window = Window.partitionBy(key, _SLICE)
+    totals = events.groupBy(key, _SLICE).agg(*[F.sum(total.value).alias(name) for name, total in sums.items()])
+    earlier = Window.partitionBy(key).orderBy(_SLICE).rowsBetween(Window.unboundedPreceding, -1)
+    base = totals.select(key, _SLICE, *[F.sum(name).over(earlier).alias(f"_{name}") for name in sums])
+    counted = events.withColumns({name: total.inside(window) for name, total in sums.items()})
+    whole = {name: (F.col(name) + F.coalesce(F.col(f"_{name}"), F.lit(0))).cast("bigint") for name in sums}
+    return counted.join(base, [key, _SLICE]).withColumns(whole).drop(*[f"_{name}" for name in sums])
