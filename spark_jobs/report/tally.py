@@ -156,10 +156,8 @@ def _counted(kind: str, keys: Numbers, labels: Numbers) -> pa.RecordBatch:
     found, place, rows = np.unique(keys, return_inverse=True, return_counts=True)
     likes = np.bincount(place, weights=labels, minlength=len(found))
     columns = [pa.array(values.astype(np.int64)) for values in (found, rows, likes)]
-    return pa.RecordBatch.from_arrays([pa.array([kind] * len(found), pa.string()), *columns], _NAMES)
-
-
-_NAMES = ["kind", "key", "rows", "likes"]
+    kinds = pa.array([kind] * len(found), pa.string())
+    return pa.RecordBatch.from_arrays([kinds, *columns], ["kind", "key", "rows", "likes"])
 
 
 def _few(found: DataFrame) -> dict[str, dict[int, Count]]:

@@ -71,7 +71,7 @@ def _of_build(config: QualityConfig, report: Mapping[str, Any]) -> list[Threshol
         ),
         Threshold(
             "min_coverage", "share of the short histories that the long ones hold", report["coverage"]["covered"],
-            config.min_coverage, "build histories and shards again; the short one is the beginning of the long one",
+            config.min_coverage, "build histories and shards again; both begin like the same ranking",
         ),
     ]  # fmt: skip
 
