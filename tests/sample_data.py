@@ -82,7 +82,7 @@ def _write_events(folder: Folder, table: pa.Table, users: int, items: int, topic
         "level_likes": [0, 0, 0, 1, 1],
         "user_fields": {"group": ["a", "b"]},
         "item_fields": {"topic": TOPICS},
-        "counts": {"events": table.num_rows},
+        "counts": dict.fromkeys(("read", "clean", "events"), table.num_rows),
         "quarantine": {},
         "split_times": [7_000_000, 8_500_000],
         "min_history": 3,

@@ -24,7 +24,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY reclora_dist reclora_dist
 COPY spark_jobs spark_jobs
 # pyspark itself comes with /opt/spark; pip's copy of it would be a second Spark.
-RUN pip install --no-cache-dir -c constraints.txt . pandas
+RUN pip install --no-cache-dir -c constraints.txt . pandas matplotlib
 
 USER 185
 WORKDIR /opt/spark/work-dir

@@ -3,10 +3,10 @@
 # Trap avoided: executors have no checkout. The wheel is pure Python and goes with the job as --py-files, so that driver
 # and executors run the same code; what it depends on (pyproject.toml's base dependencies and pandas) is on the nodes.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-name=${1:?"usage: $(basename "$0") synthesise|build_events|retrieve_history|write_shards [arguments of the job]"}
+name=${1:?"usage: $(basename "$0") synthesise|build_events|retrieve_history|write_shards|report_quality [arguments of the job]"}
 job="$root/spark_jobs/$name.py"
 if [ ! -f "$job" ]; then
-    echo "$name is no Spark job; choose one of synthesise, build_events, retrieve_history, write_shards" >&2
+    echo "$name is no Spark job; choose one of synthesise, build_events, retrieve_history, write_shards, report_quality" >&2
     exit 2
 fi
 dist=$(mktemp -d)

@@ -112,6 +112,26 @@ class ShardsConfig(Section):
 
 
 @dataclass(frozen=True)
+class QualityConfig(Section):
+    """What a build must hold to be trained on; a limit that is crossed fails the build."""
+
+    max_quarantined: float = knob(0.5, "largest share of the event rows that is bad")
+    min_users: int = knob(1, "fewest users")
+    min_items: int = knob(1, "fewest items")
+    min_samples: tuple[int, int, int] = knob((1, 0, 0), "fewest training, validation and test samples")
+    min_label_rate: float = knob(1e-4, "smallest share of likes among the samples")
+    max_label_rate: float = knob(0.9999, "largest share of likes among the samples")
+    min_mean_history: float = knob(0.0, "smallest mean length of the long histories")
+    min_coverage: float = knob(0.0, "smallest mean share of a short history's items that the long one holds")
+    max_drift: float = knob(
+        0.0,
+        "largest population stability index of items, rating levels and labels against the previous build "
+        "(0.1 is a small change, 0.25 a large one); 0: off",
+    )
+    max_row_change: float = knob(0.0, "largest relative change of the number of events since then; 0: off")
+
+
+@dataclass(frozen=True)
 class SparkConfig(Section):
     """How the pipeline starts its Spark jobs."""
 
@@ -293,6 +313,7 @@ class Config(Section):
     events: EventsConfig = knob(EventsConfig, "raw logs to events")
     retrieval: RetrievalConfig = knob(RetrievalConfig, "histories")
     shards: ShardsConfig = knob(ShardsConfig, "training files")
+    quality: QualityConfig = knob(QualityConfig, "limits of a build")
     spark: SparkConfig = knob(SparkConfig, "Spark")
     backbone: BackboneConfig = knob(BackboneConfig, "language model")
     prompt: PromptConfig = knob(PromptConfig, "wording")

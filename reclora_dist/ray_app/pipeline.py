@@ -112,7 +112,8 @@ def plan(config: Config) -> list[Stage]:
     found.append(Stage("events", _events))
     if config.backbone.kind == "tiny":
         found.append(Stage("backbone", _backbone))
-    found += [Stage("vectors", _vectors), Stage("histories", _histories), Stage("shards", _shards), Stage("crm", _crm)]
+    found += [Stage("vectors", _vectors), Stage("histories", _histories), Stage("shards", _shards)]
+    found += [Stage("quality", _quality), Stage("crm", _crm)]
     found += [Stage(f"adapter {name}", _adapter(name)) for name in config.adapters]
     found.append(Stage("evaluation", _evaluation))
     if config.serve.check:
@@ -169,6 +170,12 @@ def _shards(session: Session) -> bool:
     config = session.config
     inputs = {name: folder(config, name).uri for name in ("events", "histories")}
     return run_job(config, "write_shards", config.shards, inputs, "shards")
+
+
+def _quality(session: Session) -> bool:
+    config = session.config
+    inputs = {name: folder(config, name).uri for name in ("events", "shards")}
+    return run_job(config, "report_quality", config.quality, inputs, "quality")
 
 
 def _crm(session: Session) -> bool:

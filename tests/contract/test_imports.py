@@ -30,6 +30,6 @@ def test_what_executors_import_is_light(module, allowed):
     assert loaded_by(f"import {module}") <= allowed
 
 
-@pytest.mark.parametrize("job", ["build_events", "retrieve_history", "write_shards", "synthesise"])
+@pytest.mark.parametrize("job", ["build_events", "retrieve_history", "write_shards", "synthesise", "report_quality"])
 def test_spark_jobs_load_no_model_library(job):
     assert not loaded_by(f"import spark_jobs.{job}") & {"torch", "transformers", "ray", "deepspeed", "hydra"}

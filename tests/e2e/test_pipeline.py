@@ -17,7 +17,7 @@ from small_run import REPOSITORY, Finished, command, digests, environment, finis
 
 pytestmark = [pytest.mark.spark, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = [
-    "synthesise", "events", "backbone", "vectors", "histories", "shards", "crm",
+    "synthesise", "events", "backbone", "vectors", "histories", "shards", "quality", "crm",
     "adapter lora", "adapter uniform", "adapter reclora", "evaluation", "service",
 ]  # fmt: skip
 MODELS = ["running_averages", "crm", "lora", "uniform", "reclora"]
@@ -33,7 +33,7 @@ def test_every_stage_does_its_work_in_order(finished: Finished) -> None:
     assert re.findall(r"^=== (.*)$", finished.output, re.MULTILINE) == STAGES
     assert re.findall(r"^(.*): done in [\d.]+ s$", finished.output, re.MULTILINE) == STAGES
     assert set(digests(finished.run)) == {
-        "raw", "events", "backbone", "vectors", "histories", "shards", "crm",
+        "raw", "events", "backbone", "vectors", "histories", "shards", "quality", "crm",
         "adapters/lora", "adapters/uniform", "adapters/reclora", "evaluation", "service",
     }  # fmt: skip
 

@@ -19,9 +19,9 @@ from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.retrieval import on_grid
-from spark_jobs import build_events, retrieve_history, session, stage, synthesise, write_shards
+from spark_jobs import build_events, report_quality, retrieve_history, session, stage, synthesise, write_shards
 
-JOBS = {job.JOB.name: job.JOB for job in (synthesise, build_events, retrieve_history, write_shards)}
+JOBS = {job.JOB.name: job.JOB for job in (synthesise, build_events, retrieve_history, write_shards, report_quality)}
 
 Runner = Callable[..., Manifest]
 

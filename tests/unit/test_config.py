@@ -57,7 +57,7 @@ def test_the_default_is_the_demo() -> None:
     assert config.serve.check
     stages = [stage.name for stage in plan(config)]
     assert stages == [
-        "synthesise", "events", "backbone", "vectors", "histories", "shards", "crm",
+        "synthesise", "events", "backbone", "vectors", "histories", "shards", "quality", "crm",
         "adapter lora", "adapter uniform", "adapter reclora", "evaluation", "service",
     ]  # fmt: skip
 
