@@ -13,7 +13,7 @@ LIKE = 4.0
 
 
 def histories(vectors: np.ndarray, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One user's events, sorted: events strictly before each, and the K most similar of them, oldest first, -1 padded."""
+    """One user's events, sorted: events strictly before each, and its K most similar, oldest first, -1 padded."""
     n = len(items)
     earlier = np.searchsorted(times, times, side="left")
     own = vectors[items]

@@ -124,6 +124,7 @@ KILLED = {
     "vectors": None,
     "histories": "histories",
     "shards": "shards",
+    "quality": None,
     "crm": "checkpoints/crm",
     "adapter lora": "checkpoints/lora",
     "adapter uniform": "checkpoints/uniform",
