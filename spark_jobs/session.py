@@ -8,9 +8,9 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from pyspark import SparkConf, SparkContext
-from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +43,33 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
     return spark
 
 
-def cause(error: PySparkException) -> str:
-    """What our own code, or Spark's check of CSV headers, had to say on an executor; empty if it was something else."""
+def cause(error: Exception) -> str:
+    """What our own code said on an executor, or Spark about a full disk or a file; empty if it was something else."""
     text = str(error)
     ours = re.findall(r"^(?:reclora_dist\.[\w.]*Error|ValueError): (.*)$", text, re.MULTILINE)
-    header = re.search(r"(CSV header does not conform to the schema\.\s*Header: .*\s*Schema: .*)", text)
-    return ours[-1] if ours else " ".join(header[1].split()) + ". Give all files the same columns." if header else ""
+    if ours:
+        return str(ours[-1])
+    if "No space left on device" in text:
+        return (
+            "no space left on device for Spark's scratch files: free space where spark.local.dir lies (/tmp unless "
+            "set), or name another folder with --conf spark.local.dir=…"
+        )
+    return _unreadable(text)
+
+
+def _unreadable(text: str) -> str:
+    """The file that Spark could not read, and the innermost reason."""
+    found = re.search(r"Encountered error while reading file (.+?)\.\s(.*)", text)
+    if not found:
+        return ""
+    reasons = re.findall(
+        r"^Caused by: [\w.$]+: ((?:.*\n)(?:(?!\s+at |Caused by: |CSV file: ).*\n)*)", text + "\n", re.MULTILINE
+    )
+    reason = " ".join((reasons[-1] if reasons else found[2]).split())
+    return (
+        f"{unquote(found[1])!r} cannot be read ({reason}): it is damaged, cut short, or unlike the other files. "
+        "Replace it, or take it out of the folder."
+    )
 
 
 def is_local(spark: SparkSession) -> bool:
