@@ -11,7 +11,7 @@ import pyarrow as pa
 from reclora_dist.contract.manifest import Format
 
 RAW = Format("reclora.raw", 1)
-EVENTS = Format("reclora.events", 1)
+EVENTS = Format("reclora.events", 2)
 BACKBONE = Format("reclora.backbone", 1)
 VECTORS = Format("reclora.vectors", 1)
 HISTORIES = Format("reclora.histories", 1)
@@ -45,6 +45,7 @@ quarantine = pa.schema(
         pa.field("table", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("row", pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
     ]
 )
 

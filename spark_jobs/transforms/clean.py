@@ -64,6 +64,11 @@ def bad(frame: DataFrame, table: str) -> DataFrame:
     return frame.where(F.col(REASON).isNotNull()).select(F.lit(table).alias("table"), REASON, ROW)
 
 
+def counted(quarantine: DataFrame) -> DataFrame:
+    """Equal rows of the quarantine as one, with their number: a million copies of an event take one row."""
+    return quarantine.groupBy(*quarantine.columns).agg(F.count("*").alias("rows"))
+
+
 def untitled(items: DataFrame) -> DataFrame:
     """Quarantine rows that warn of items without a title."""
     frame = items.where(F.col(REASON).isNull() & F.col("title").isNull())

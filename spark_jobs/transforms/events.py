@@ -1,6 +1,6 @@
 """The events dataset, step by step: judge, core, number, split, write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -107,8 +107,10 @@ def judge(log: RawLog, config: EventsConfig) -> Judged:
         bad.append(clean.untitled(tables["items"]))
     _say(f"{rows:,} event rows read")
     check_share(reasons, rows, config.max_quarantined)
-    quarantine = reduce(DataFrame.unionByName, bad)
-    found = {row[clean.REASON]: row["count"] for row in quarantine.groupBy(clean.REASON).count().collect()}
+    quarantine = settle(clean.counted(reduce(DataFrame.unionByName, bad)))
+    found = {
+        row[clean.REASON]: row["n"] for row in quarantine.groupBy(clean.REASON).agg(F.sum("rows").alias("n")).collect()
+    }
     for reason, count in sorted(found.items()):
         _say(f"  {'warning' if reason == ITEM_WITHOUT_TITLE else 'quarantine'}: {reason} {count:,}")
     counts = {"read": rows, "clean": rows - sum(reasons.values())}
@@ -142,10 +144,12 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
     """Events, and samples per split.
 
     Raises:
-        ValueError: a split that should have samples has none.
+        ValueError: a split that should have samples has none, or those for training have one label only.
     """
     sample = is_sample(config.min_history)
-    rows = events.groupBy("split").agg(F.count("*").alias("events"), F.count_if(sample).alias("samples")).collect()
+    liked = F.count_if(sample & (F.col("label") == 1)).alias("liked")
+    counted = (F.count("*").alias("events"), F.count_if(sample).alias("samples"), liked)
+    rows = events.groupBy("split").agg(*counted).collect()
     found = {row["split"]: row["samples"] for row in rows}
     for name, fraction in zip(schema.SPLITS, config.fractions, strict=True):
         if fraction > 0 and not found.get(name):
@@ -153,7 +157,22 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
                 f"the {name} split has no sample (split = {config.split}, min_history = {config.min_history}, "
                 f"samples: {found}). Use a longer log, another split, or other fractions."
             )
+    _check_labels({row["split"]: row["liked"] for row in rows}, found, events, config)
     return {"events": sum(row["events"] for row in rows), **{name: found.get(name, 0) for name in schema.SPLITS}}
+
+
+def _check_labels(
+    liked: Mapping[str, int], samples: Mapping[str, int], events: DataFrame, config: EventsConfig
+) -> None:
+    train = schema.SPLITS[0]
+    if 0 < liked[train] < samples[train]:
+        return
+    ratings = sorted(row[0] for row in events.select("rating").distinct().collect())
+    raise ValueError(
+        f"all {samples[train]:,} training samples have the label {int(liked[train] > 0)}, so nothing can be learnt: "
+        f"like_at_least = {config.like_at_least:g}, and the ratings are {', '.join(f'{r:g}' for r in ratings)}. "
+        "Set like_at_least so that it parts them, or use a log with likes and dislikes."
+    )
 
 
 def write_events(events: DataFrame, out: Folder, rows: int) -> list[FileEntry]:
@@ -212,5 +231,5 @@ def _write_profiles(frame: DataFrame, events: DataFrame, out: Folder, kind: str,
 def _write_quarantine(judged: Judged, out: Folder) -> list[FileEntry]:
     if not judged.reasons:
         return []
-    placed = judged.quarantine.withColumn("part", part_of(clean.ROW, sum(judged.reasons.values())))
+    placed = judged.quarantine.withColumn("part", part_of(clean.ROW, judged.quarantine.count()))
     return write_parts(placed, out, "quarantine/", schema.quarantine, schema.quarantine.names)

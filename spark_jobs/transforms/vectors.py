@@ -15,6 +15,9 @@ from reclora_dist.contract.storage import Folder
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+_STRETCH = 100_000
+"""Rows looked at together."""
+
 
 @dataclass(frozen=True)
 class SharedVectors:
@@ -35,19 +38,34 @@ def share(spark: "SparkSession", folder: Folder, manifest: Manifest, items: int)
     """Check the vectors' file and make it available to executors.
 
     Raises:
-        ContractError: there is no such file, its bytes changed, or it has vectors of another number of items.
+        ContractError: there is no such file, its bytes changed, it has vectors of another number of items, or some
+            of them are no numbers.
     """
     entries = manifest.select("vectors-")
     if len(entries) != 1:
         raise ContractError(f"{folder.uri!r} names {len(entries)} files vectors-*.npy, not one. Run `embed` again.")
     shared = _shared(spark, folder, entries[0])
-    shape = shared.open().shape
+    table = shared.open()
+    shape = table.shape
     if len(shape) != 2 or shape[0] != items + 1:
         raise ContractError(
             f"{folder.uri!r} has vectors of shape {list(shape)}, but the log has {items} items, which takes "
             f"{items + 1} rows. Run `embed` on these events."
         )
+    _check_numbers(folder, table)
     return shared
+
+
+def _check_numbers(folder: Folder, table: NDArray[np.float32]) -> None:
+    """Refuse rows that are not finite, a stretch at a time: the file may be larger than memory."""
+    stretches = range(0, len(table), _STRETCH)
+    found = [start + np.flatnonzero(~np.isfinite(table[start : start + _STRETCH]).all(axis=1)) for start in stretches]
+    bad = np.concatenate(found)
+    if len(bad):
+        raise ContractError(
+            f"{folder.uri!r} has no vector for {len(bad)} of {len(table) - 1} items: their rows are no finite numbers, "
+            f"that of item {bad[0]} first. Run `embed` on these events."
+        )
 
 
 def _shared(spark: "SparkSession", folder: Folder, entry: FileEntry) -> SharedVectors:
