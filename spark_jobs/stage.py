@@ -24,6 +24,7 @@ from reclora_dist.contract.manifest import (
 from reclora_dist.contract.storage import Folder
 from spark_jobs import arguments
 from spark_jobs.metrics import JobMetrics
+from spark_jobs.privacy import Privacy
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -39,11 +40,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads: folders by name, and the manifests of those that have one."""
+    """What a job reads: folders by name, the manifests of those that have one, and whom to keep the data from."""
 
     folders: Mapping[str, Folder]
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     parents: Mapping[str, str] = field(default_factory=dict)
+    privacy: Privacy = field(default_factory=Privacy)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import FileEntry
 from reclora_dist.contract.storage import Folder
 from spark_jobs.parts import ROWS_PER_PART, part_of, write_parts
-from spark_jobs.quality import ITEM_WITHOUT_TITLE, check_share
+from spark_jobs.privacy import Privacy
+from spark_jobs.quality import DELETED, ITEM_WITHOUT_TITLE, check_share
 from spark_jobs.sources.open import open_log
 from spark_jobs.sources.raw import PLACE, RawLog
 from spark_jobs.stage import Output, say
@@ -20,6 +21,7 @@ from spark_jobs.transforms import clean
 from spark_jobs.transforms.core import k_core
 from spark_jobs.transforms.fields import categories, with_fields, worded
 from spark_jobs.transforms.positions import ordered, positions
+from spark_jobs.transforms.private import private
 from spark_jobs.transforms.ranks import Ranked, with_rank
 from spark_jobs.transforms.settle import joinable, settle
 from spark_jobs.transforms.split import check_fractions, is_sample, split
@@ -42,16 +44,16 @@ class Judged:
     reasons: dict[str, int]
 
 
-def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -> Output:
+def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder, privacy: Privacy) -> Output:
     """Write the tables events, items, users and quarantine.
 
     Raises:
         ValueError: the log or the configuration cannot be used; nothing was written then.
     """
     check_fractions(config.fractions)
-    log = open_log(spark, config.source, raw)
+    log = private(open_log(spark, config.source, raw), privacy)
     text = worded(config.item_text, log.item_fields)
-    judged = judge(log, config)
+    judged = judge(log, config, privacy)
     counts = judged.counts
     events = k_core(_timed(judged.events, log.clock), config.k_core, partial(_count_core, counts))
     if not counts.get("k_core", counts["clean"]):
@@ -89,8 +91,8 @@ def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -
     return Output(files, facts)
 
 
-def judge(log: RawLog, config: EventsConfig) -> Judged:
-    """Judge every row of the log.
+def judge(log: RawLog, config: EventsConfig, privacy: Privacy) -> Judged:
+    """Judge every row of the log, which is as ``privacy`` lets it be seen.
 
     Raises:
         ValueError: more events are bad than ``config.max_quarantined`` allows.
@@ -98,10 +100,12 @@ def judge(log: RawLog, config: EventsConfig) -> Judged:
     tables: dict[str, DataFrame] = {}
     for name, frame in (("items", log.items), ("users", log.users)):
         if frame is not None:
-            tables[name] = settle(clean.judged_profiles(frame, f"{name[:-1]}_id"))
+            tables[name] = settle(clean.judged_profiles(frame, f"{name[:-1]}_id", log.private))
     good = {name: clean.good(frame) for name, frame in tables.items()}
     events = settle(clean.judged_events(log, good.get("items"), config.rating_levels))
     rows, reasons = count_reasons(events)
+    deleted = reasons.pop(DELETED, 0)
+    rows -= deleted
     bad = [clean.bad(frame, name) for name, frame in (("events", events), *tables.items())]
     if "items" in tables:
         bad.append(clean.untitled(tables["items"]))
@@ -113,7 +117,11 @@ def judge(log: RawLog, config: EventsConfig) -> Judged:
     }
     for reason, count in sorted(found.items()):
         _say(f"  {'warning' if reason == ITEM_WITHOUT_TITLE else 'quarantine'}: {reason} {count:,}")
-    counts = {"read": rows, "clean": rows - sum(reasons.values())}
+    counts = {
+        **({} if privacy.deleted is None else {"deleted": deleted}),
+        "read": rows,
+        "clean": rows - sum(reasons.values()),
+    }
     return Judged(clean.good(events), good.get("items"), good.get("users"), quarantine, counts, found)
 
 
