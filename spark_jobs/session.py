@@ -21,8 +21,12 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
     """Start (or, under spark-submit, join) Spark.
 
     Properties that spark-submit was given come first, then ``conf``, then the other arguments.
+
+    Raises:
+        ValueError: a local master could not write its scratch files.
     """
     given = _submitted()
+    local = _is_local(given.get("spark.master", master))
     wanted = {
         "spark.master": master,
         "spark.driver.memory": driver_memory,
@@ -30,9 +34,11 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         "spark.sql.session.timeZone": "UTC",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.executorEnv.PYTHONPATH": str(_ROOT),
-        **(_local() if _is_local(given.get("spark.master", master)) else {}),
+        **(_local() if local else {}),
         **conf,
     }
+    if local:
+        _check_scratch(given.get("spark.local.dir", conf.get("spark.local.dir", tempfile.gettempdir())))
     settings = SparkConf(loadDefaults=False)
     for key, value in wanted.items():
         if key not in given:
@@ -97,6 +103,19 @@ def _local() -> dict[str, str]:
         "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
     }
+
+
+def _check_scratch(configured: str) -> None:
+    """Spark ends the whole process without a word if it can make no folder for its scratch files."""
+    for folder in os.environ.get("SPARK_LOCAL_DIRS", configured).split(","):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(dir=folder))
+        except OSError as error:
+            raise ValueError(
+                f"Spark cannot write its scratch files to {folder!r} ({error.strerror}): free space there, or name "
+                "another folder with --conf spark.local.dir=…"
+            ) from error
 
 
 def _submitted() -> dict[str, str]:

@@ -19,6 +19,7 @@ import pytest
 from reclora_dist.contract.manifest import ContractError, add_file, commit, read_manifest, verified
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder, StorageFullError
+from spark_jobs import session
 
 ROOT = Path(__file__).parents[2]
 LOG = [(f"u{u}", f"i{i}", 1 + (u + i) % 5, 10 * i + u) for u in range(6) for i in range(8)]
@@ -202,10 +203,10 @@ def test_item_vectors_that_are_missing(run, write_vectors, old: Path, tmp_path: 
 
 
 @contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
+def small_disk(folder: Path, size: str, inodes: int = 0) -> Iterator[Path]:
     """A file system of its own, of ``size``, at ``folder``; skips where it cannot be mounted."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root and mount(8)")
     try:
@@ -257,3 +258,13 @@ def test_a_full_disk_under_the_scratch_files(csv, old: Path, tmp_path: Path) -> 
     lines = [line for line in done.stderr.splitlines() if "jdk.incubator.vector" not in line]
     assert len(lines) == 1 and "no space left on device for Spark's scratch files" in lines[0], done.stderr
     assert whole(tmp_path / "out") == before
+
+
+def test_a_scratch_folder_without_room_for_a_file(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", "64k", inodes=1) as disk,
+        pytest.raises(
+            ValueError, match=rf"scratch files to '{disk}' \(No space left on device\): free space there, or"
+        ),
+    ):
+        session.start("full", "local[2]", "1g", 2, {"spark.local.dir": str(disk)})
