@@ -12,6 +12,7 @@ if not __package__:  # spark-submit runs this file by its path
 from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.privacy import read_privacy
 from spark_jobs.sources.layout import fingerprint
 from spark_jobs.stage import Inputs, Job, Output, main
 
@@ -20,17 +21,21 @@ if TYPE_CHECKING:
 
 
 def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]:
-    """Find the raw log (``--raw``, else ``source.path``) and take its fingerprint; where it lies is no setting.
+    """Find the raw log (``--raw``, else ``source.path``), whom to hide, and take a fingerprint of both.
+
+    Where they lie is no setting.
 
     Raises:
-        ValueError: no path is given, or a file is missing there.
+        ValueError: no path is given, or a file is missing there, or there is no key that can be used.
     """
     folder = inputs.folders.get("raw", Folder(config.source.path))
     if not folder.uri:
         raise ValueError("where is the raw log? Give --raw, or set source.path")
-    parents = {"raw": fingerprint(config.source, folder)}
-    return replace(config, source=replace(config.source, path="")), replace(
-        inputs, folders={"raw": folder}, parents=parents
+    privacy = read_privacy(config.privacy, config.source.user)
+    parents = {"raw": privacy.fingerprint(fingerprint(config.source, folder))}
+    source, settings = replace(config.source, path=""), replace(config.privacy, key_file="", delete="")
+    return replace(config, source=source, privacy=settings), replace(
+        inputs, folders={"raw": folder}, parents=parents, privacy=privacy
     )
 
 
@@ -38,7 +43,7 @@ def run(spark: "SparkSession", config: EventsConfig, inputs: Inputs, out: Folder
     """Build the events dataset in ``out`` (see ``transforms.events``)."""
     from spark_jobs.transforms.events import build
 
-    return build(spark, config, inputs.folders["raw"], out)
+    return build(spark, config, inputs.folders["raw"], out, inputs.privacy)
 
 
 JOB = Job(

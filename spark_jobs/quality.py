@@ -15,8 +15,12 @@ UNKNOWN_ITEM = "unknown_item"
 """An event of an item that the item table lacks."""
 DUPLICATE_EVENT = "duplicate_event"
 """Same user, item and time as an earlier row (without a clock: same user and item); the first in file order stays."""
+DELETED = "deleted"
+"""An event of a user on the delete list: no row of the quarantine, only a number."""
 DUPLICATE_ITEM = "duplicate_item"
 DUPLICATE_USER = "duplicate_user"
+WELL_READ = (UNKNOWN_ITEM, DUPLICATE_EVENT, DUPLICATE_ITEM, DUPLICATE_USER)
+"""Reasons of rows in whose columns lies what belongs there."""
 ITEM_WITHOUT_TITLE = "item_without_title"
 """A warning: the item stays, with its id as title."""
 
@@ -33,7 +37,7 @@ def check_share(counts: Mapping[str, int], rows: int, limit: float) -> None:
         ValueError: the share is larger, or there is no event at all.
     """
     if rows == 0:
-        raise ValueError("the log has no event: look at source.path and source.events")
+        raise ValueError("the log has no event: look at source.path, source.events and privacy.delete")
     bad = sum(counts.values())
     if bad > limit * rows:
         most = sorted(counts.items(), key=lambda pair: -pair[1])

@@ -8,9 +8,9 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from pyspark import SparkConf, SparkContext
-from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +21,12 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
     """Start (or, under spark-submit, join) Spark.
 
     Properties that spark-submit was given come first, then ``conf``, then the other arguments.
+
+    Raises:
+        ValueError: a local master could not write its scratch files.
     """
     given = _submitted()
+    local = _is_local(given.get("spark.master", master))
     wanted = {
         "spark.master": master,
         "spark.driver.memory": driver_memory,
@@ -30,9 +34,11 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         "spark.sql.session.timeZone": "UTC",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.executorEnv.PYTHONPATH": str(_ROOT),
-        **(_local() if _is_local(given.get("spark.master", master)) else {}),
+        **(_local() if local else {}),
         **conf,
     }
+    if local:
+        _check_scratch(given.get("spark.local.dir", conf.get("spark.local.dir", tempfile.gettempdir())))
     settings = SparkConf(loadDefaults=False)
     for key, value in wanted.items():
         if key not in given:
@@ -43,12 +49,33 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
     return spark
 
 
-def cause(error: PySparkException) -> str:
-    """What our own code, or Spark's check of CSV headers, had to say on an executor; empty if it was something else."""
+def cause(error: Exception) -> str:
+    """What our own code said on an executor, or Spark about a full disk or a file; empty if it was something else."""
     text = str(error)
     ours = re.findall(r"^(?:reclora_dist\.[\w.]*Error|ValueError): (.*)$", text, re.MULTILINE)
-    header = re.search(r"(CSV header does not conform to the schema\.\s*Header: .*\s*Schema: .*)", text)
-    return ours[-1] if ours else " ".join(header[1].split()) + ". Give all files the same columns." if header else ""
+    if ours:
+        return str(ours[-1])
+    if "No space left on device" in text:
+        return (
+            "no space left on device for Spark's scratch files: free space where spark.local.dir lies (/tmp unless "
+            "set), or name another folder with --conf spark.local.dir=…"
+        )
+    return _unreadable(text)
+
+
+def _unreadable(text: str) -> str:
+    """The file that Spark could not read, and the innermost reason."""
+    found = re.search(r"Encountered error while reading file (.+?)\.\s(.*)", text)
+    if not found:
+        return ""
+    reasons = re.findall(
+        r"^Caused by: [\w.$]+: ((?:.*\n)(?:(?!\s+at |Caused by: |CSV file: ).*\n)*)", text + "\n", re.MULTILINE
+    )
+    reason = " ".join((reasons[-1] if reasons else found[2]).split())
+    return (
+        f"{unquote(found[1])!r} cannot be read ({reason}): it is damaged, cut short, or unlike the other files. "
+        "Replace it, or take it out of the folder."
+    )
 
 
 def is_local(spark: SparkSession) -> bool:
@@ -76,6 +103,19 @@ def _local() -> dict[str, str]:
         "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
     }
+
+
+def _check_scratch(configured: str) -> None:
+    """Spark ends the whole process without a word if it can make no folder for its scratch files."""
+    for folder in os.environ.get("SPARK_LOCAL_DIRS", configured).split(","):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(dir=folder))
+        except OSError as error:
+            raise ValueError(
+                f"Spark cannot write its scratch files to {folder!r} ({error.strerror}): free space there, or name "
+                "another folder with --conf spark.local.dir=…"
+            ) from error
 
 
 def _submitted() -> dict[str, str]:

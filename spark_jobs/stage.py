@@ -5,7 +5,8 @@ Nothing here imports pyspark before it is known that there is work.
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from reclora_dist.contract.manifest import (
 from reclora_dist.contract.storage import Folder
 from spark_jobs import arguments
 from spark_jobs.metrics import JobMetrics
+from spark_jobs.privacy import Privacy
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -38,11 +40,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads: folders by name, and the manifests of those that have one."""
+    """What a job reads: folders by name, the manifests of those that have one, and whom to keep the data from."""
 
     folders: Mapping[str, Folder]
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     parents: Mapping[str, str] = field(default_factory=dict)
+    privacy: Privacy = field(default_factory=Privacy)
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,6 @@ def open_inputs(job: Job, uris: Mapping[str, str]) -> Inputs:
 
 def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> Manifest:
     """Start Spark, run the job and commit its result."""
-    from pyspark.errors import PySparkException
-
     from spark_jobs import session
 
     began = time.monotonic()
@@ -120,17 +121,34 @@ def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> M
     )
     say(job.name, f"Spark {spark.version} on {spark.sparkContext.master} after {time.monotonic() - began:.1f} s")
     try:
-        manifest = publish(job, config, inputs, out, job.run(spark, config, inputs, out))
-    except PySparkException as error:
-        told = session.cause(error)
-        if told:
-            raise ContractError(told) from error
-        raise
+        with plainly():
+            manifest = publish(job, config, inputs, out, job.run(spark, config, inputs, out))
     finally:
         spark.stop()
     seconds = time.monotonic() - began
     say(job.name, f"{manifest.rows():,} rows in {len(manifest.files)} files, {seconds:.1f} s -> {out.uri}")
     return manifest
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Say in one line what Spark reports of bad input or a full disk; anything else passes as it is.
+
+    Raises:
+        ContractError: as said.
+    """
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    from spark_jobs import session
+
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        told = session.cause(error)
+        if told:
+            raise ContractError(told) from error
+        raise
 
 
 def publish(job: Job, config: Any, inputs: Inputs, out: Folder, output: Output) -> Manifest:

@@ -58,10 +58,20 @@ class SourceConfig(Section):
 
 
 @dataclass(frozen=True)
+class PrivacyConfig(Section):
+    """Which users of a raw log are left out, and under which ids the others appear."""
+
+    hash_users: bool = knob(False, "replace user ids by a keyed hash (HMAC-SHA256, 32 hexadecimal digits)")
+    key_file: str = knob("", "file that holds the key; empty: the environment variable RECLORA_USER_KEY")
+    delete: str = knob("", "users to leave out: one raw id per line, or *.csv or *.parquet with the column source.user")
+
+
+@dataclass(frozen=True)
 class EventsConfig(Section):
     """Raw logs to canonical events: label rule, k-core, split, quarantine."""
 
     source: SourceConfig = knob(SourceConfig, "the raw log")
+    privacy: PrivacyConfig = knob(PrivacyConfig, "users left out or hidden")
     like_at_least: float = knob(4.0, "a rating of at least this is a like (label 1)")
     rating_levels: tuple[float, ...] = knob((), "the rating scale; empty: the distinct ratings found (64 at most)")
     k_core: int = knob(5, "keep users and items with at least this many events, repeatedly; 0: keep all")

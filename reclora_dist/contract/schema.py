@@ -47,6 +47,7 @@ quarantine = pa.schema(
         pa.field("table", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("row", pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
     ]
 )
 

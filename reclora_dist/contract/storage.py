@@ -1,5 +1,6 @@
 """A folder on any file system that fsspec opens: local paths, s3://, gs://, hdfs://."""
 
+import errno
 import os
 import posixpath
 import uuid
@@ -9,6 +10,10 @@ from typing import IO, Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+
+class StorageFullError(ValueError):
+    """A file could not be written because its disk, or its owner's share of it, is full; the old one is whole."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,33 @@ class Folder:
         return cast(bytes, self.fs.cat_file(self.path(name)))
 
     def write(self, name: str, content: bytes) -> None:
-        """Write ``name`` so that a reader sees the old file or the new one, never half of one."""
+        """Write ``name`` so that a reader sees the old file or the new one, never half of one.
+
+        Raises:
+            StorageFullError: there is no room for it.
+        """
         target = self.path(name)
+        try:
+            self._publish(target, content)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageFullError(
+                f"no space left on device writing {target!r}: free space or choose another folder"
+            ) from error
+
+    def _publish(self, target: str, content: bytes) -> None:
         self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
         if not isinstance(self.fs, LocalFileSystem):
             self.fs.pipe_file(target, content)  # object stores publish an object when it is complete
             return
         partial = f"{target}.{uuid.uuid4().hex[:8]}.partial"
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        try:
+            _write_synced(partial, content)
+            os.replace(partial, target)
+        except OSError:
+            Path(partial).unlink(missing_ok=True)  # what is left of it would keep a full disk full
+            raise
 
     def files(self, name: str = "") -> list[str]:
         """All files below ``name``, sorted, relative to the folder; empty where there is none."""
@@ -84,3 +104,10 @@ class Folder:
         if not isinstance(self.fs, LocalFileSystem):
             raise ValueError(f"{self.uri!r} is not a local folder; copy it to a local disk first")
         return Path(self.path())
+
+
+def _write_synced(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

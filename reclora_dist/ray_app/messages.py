@@ -41,7 +41,9 @@ class ScoreRequest(Message):
         }
     )
 
-    user: Annotated[str | None, Field(description="id of a user of the log; or send history")] = None
+    user: Annotated[
+        str | None, Field(description="id of a user of the log, hashed if the log's are; or send history")
+    ] = None
     history: Annotated[list[Event] | None, Field(description="what the user did, oldest first; or send user")] = None
     candidates: Annotated[list[str], Field(description="item ids to score")]
     time: Annotated[

@@ -23,6 +23,7 @@ from spark_jobs.sources.raw import (
     table_of,
     with_corrupt,
 )
+from spark_jobs.sources.uniform import check_uniform
 
 _TEXT = (T.StringType, T.IntegralType, T.DecimalType)
 _NUMBER = (T.StringType, T.NumericType, T.BooleanType)
@@ -34,13 +35,13 @@ def columns(spark: SparkSession, folder: Folder, source: SourceConfig) -> RawLog
     """Read the tables that ``source`` names.
 
     Raises:
-        ValueError: a column is missing or of a type that cannot hold what it should.
+        ValueError: a column is missing, of a type that cannot hold what it should, or not the same in all files.
     """
     needed = {"source.user": source.user, "source.item": source.item, "source.rating": source.rating}
     kinds = {"source.user": _TEXT, "source.item": _TEXT, "source.rating": _NUMBER, "source.time": _MOMENT}
     if source.time:
         needed["source.time"] = source.time
-    frame = _table(spark, folder, source, source.events)
+    frame = _table(spark, folder, source, source.events, list(needed.values()))
     for key, name in needed.items():
         _check(frame, folder, source.events, key, name, kinds[key])
     if isinstance(frame.schema[source.rating].dataType, T.BooleanType):
@@ -59,9 +60,9 @@ def _profile(spark: SparkSession, folder: Folder, source: SourceConfig, name: st
         if fields:
             raise ValueError(f"source.{kind}_fields = {list(fields)} needs a table of {kind}s: set source.{kind}s")
         return None
-    frame = _table(spark, folder, source, name)
     id_column = source.item if kind == "item" else source.user
     wanted = {f"{kind}_id": id_column, **({"title": source.title} if kind == "item" else {}), **{f: f for f in fields}}
+    frame = _table(spark, folder, source, name, list(wanted.values()))
     _check(frame, folder, name, f"source.{kind}", id_column, _TEXT)
     if kind == "item":
         _check(frame, folder, name, "source.title", source.title, _WORD)
@@ -70,11 +71,12 @@ def _profile(spark: SparkSession, folder: Folder, source: SourceConfig, name: st
     return table_of(frame, dict(wanted))
 
 
-def _table(spark: SparkSession, folder: Folder, source: SourceConfig, name: str) -> DataFrame:
+def _table(spark: SparkSession, folder: Folder, source: SourceConfig, name: str, used: Sequence[str]) -> DataFrame:
     if folder.exists(MANIFEST):
         return _own(spark, folder, name)
     path = spark_path(folder, name)
     if source.format == "parquet":
+        check_uniform(spark, folder, name, used)
         return placed(spark.read.parquet(path))
     if source.format == "json":
         reader = spark.read.option("primitivesAsString", True).option("columnNameOfCorruptRecord", CORRUPT)

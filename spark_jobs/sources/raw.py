@@ -20,6 +20,7 @@ PLACE = "_place"
 class RawLog:
     """A log: ``events`` (user_id, item_id, rating, time: text; time_ms: bigint; fault: text or null), ``items``
     (item_id, title and fields) and ``users`` (user_id and fields) if there are such tables; all with CORRUPT and PLACE.
+    Of a ``private`` log no row may be quoted whose columns cannot be trusted: a user's id may be anywhere in it.
     """
 
     events: DataFrame
@@ -28,6 +29,7 @@ class RawLog:
     item_fields: tuple[str, ...] = ()
     user_fields: tuple[str, ...] = ()
     clock: bool = True
+    private: bool = False
 
 
 def spark_path(folder: Folder, name: str = "") -> str:

@@ -30,7 +30,7 @@ def judged_events(log: RawLog, items: DataFrame | None, levels: Sequence[float])
         frame = frame.join(known, "item_id", "left").withColumn(REASON, F.coalesce(REASON, unknown))
     key = ["user_id", "item_id", "time_ms"] if log.clock else ["user_id", "item_id"]
     frame = _repeats(frame, key, quality.DUPLICATE_EVENT)
-    row = F.when(F.col(REASON).isNotNull(), F.to_json(F.struct("user_id", "item_id", "rating", "time", CORRUPT)))
+    row = F.when(F.col(REASON).isNotNull(), _quoted(["user_id", "item_id", "rating", "time", CORRUPT], log.private))
     return frame.select(
         "user_id",
         "item_id",
@@ -42,8 +42,8 @@ def judged_events(log: RawLog, items: DataFrame | None, levels: Sequence[float])
     )
 
 
-def judged_profiles(frame: DataFrame, key: str) -> DataFrame:
-    """Every row of an item or user table with its REASON and, if it is bad, its ROW."""
+def judged_profiles(frame: DataFrame, key: str, private: bool) -> DataFrame:
+    """Every row of an item or user table with its REASON and its ROW; see ``RawLog`` for ``private``."""
     missing, repeated = {
         "item_id": (quality.MISSING_ITEM_ID, quality.DUPLICATE_ITEM),
         "user_id": (quality.MISSING_USER_ID, quality.DUPLICATE_USER),
@@ -51,7 +51,7 @@ def judged_profiles(frame: DataFrame, key: str) -> DataFrame:
     reason = F.when(F.col(CORRUPT).isNotNull(), quality.MALFORMED_ROW).when(F.col(key).isNull(), missing)
     names = [name for name in frame.columns if name != PLACE]
     judged = _repeats(frame.withColumn(REASON, reason), [key], repeated)
-    return judged.withColumn(ROW, F.to_json(F.struct(*names)))
+    return judged.withColumn(ROW, _quoted(names, private))
 
 
 def good(frame: DataFrame) -> DataFrame:
@@ -60,14 +60,28 @@ def good(frame: DataFrame) -> DataFrame:
 
 
 def bad(frame: DataFrame, table: str) -> DataFrame:
-    """The rows with a REASON, in the columns of the quarantine table."""
-    return frame.where(F.col(REASON).isNotNull()).select(F.lit(table).alias("table"), REASON, ROW)
+    """The rows with a REASON, in the columns of the quarantine table; what was deleted is in none."""
+    return frame.where(F.col(REASON) != quality.DELETED).select(F.lit(table).alias("table"), REASON, ROW)
+
+
+def counted(quarantine: DataFrame) -> DataFrame:
+    """Equal rows of the quarantine as one, with their number: a million copies of an event take one row."""
+    return quarantine.groupBy(*quarantine.columns).agg(F.count("*").alias("rows"))
 
 
 def untitled(items: DataFrame) -> DataFrame:
     """Quarantine rows that warn of items without a title."""
     frame = items.where(F.col(REASON).isNull() & F.col("title").isNull())
     return frame.select(F.lit("items").alias("table"), F.lit(quality.ITEM_WITHOUT_TITLE).alias(REASON), ROW)
+
+
+def _quoted(names: Sequence[str], private: bool) -> Column:
+    """A row as JSON; in a private log only its file, unless it was read well enough to be compared with others."""
+    whole = F.to_json(F.struct(*names))
+    if not private:
+        return whole
+    file = F.to_json(F.struct(F.substring_index(F.col(PLACE)["file"], "/", -1).alias("file")))
+    return F.when(F.coalesce(F.col(REASON).isin(*quality.WELL_READ), F.lit(True)), whole).otherwise(file)
 
 
 def _event_reason(value: Column, levels: Sequence[float], clock: bool) -> Column:

@@ -1,6 +1,6 @@
 """The events dataset, step by step: judge, core, number, split, write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -12,7 +12,8 @@ from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import FileEntry
 from reclora_dist.contract.storage import Folder
 from spark_jobs.parts import ROWS_PER_PART, part_of, write_parts
-from spark_jobs.quality import ITEM_WITHOUT_TITLE, check_share
+from spark_jobs.privacy import Privacy
+from spark_jobs.quality import DELETED, ITEM_WITHOUT_TITLE, check_share
 from spark_jobs.sources.open import open_log
 from spark_jobs.sources.raw import PLACE, RawLog
 from spark_jobs.stage import Output, say
@@ -20,6 +21,7 @@ from spark_jobs.transforms import clean
 from spark_jobs.transforms.core import k_core
 from spark_jobs.transforms.fields import categories, with_fields, worded
 from spark_jobs.transforms.positions import ordered, parted, positions
+from spark_jobs.transforms.private import private
 from spark_jobs.transforms.ranks import Ranked, with_rank
 from spark_jobs.transforms.running import sliced, unsliced
 from spark_jobs.transforms.settle import joinable, settle
@@ -44,16 +46,16 @@ class Judged:
     reasons: dict[str, int]
 
 
-def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -> Output:
+def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder, privacy: Privacy) -> Output:
     """Write the tables events, items, users and quarantine.
 
     Raises:
         ValueError: the log or the configuration cannot be used; nothing was written then.
     """
     check_fractions(config.fractions)
-    log = open_log(spark, config.source, raw)
+    log = private(open_log(spark, config.source, raw), privacy)
     text = worded(config.item_text, log.item_fields)
-    judged = judge(log, config)
+    judged = judge(log, config, privacy)
     counts = judged.counts
     events = k_core(_timed(judged.events, log.clock), config.k_core, partial(_count_core, counts))
     if not counts.get("k_core", counts["clean"]):
@@ -92,8 +94,8 @@ def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder) -
     return Output(files, facts)
 
 
-def judge(log: RawLog, config: EventsConfig) -> Judged:
-    """Judge every row of the log.
+def judge(log: RawLog, config: EventsConfig, privacy: Privacy) -> Judged:
+    """Judge every row of the log, which is as ``privacy`` lets it be seen.
 
     Raises:
         ValueError: more events are bad than ``config.max_quarantined`` allows.
@@ -101,20 +103,28 @@ def judge(log: RawLog, config: EventsConfig) -> Judged:
     tables: dict[str, DataFrame] = {}
     for name, frame in (("items", log.items), ("users", log.users)):
         if frame is not None:
-            tables[name] = settle(clean.judged_profiles(frame, f"{name[:-1]}_id"))
+            tables[name] = settle(clean.judged_profiles(frame, f"{name[:-1]}_id", log.private))
     good = {name: clean.good(frame) for name, frame in tables.items()}
     events = settle(clean.judged_events(log, good.get("items"), config.rating_levels))
     rows, reasons = count_reasons(events)
+    deleted = reasons.pop(DELETED, 0)
+    rows -= deleted
     bad = [clean.bad(frame, name) for name, frame in (("events", events), *tables.items())]
     if "items" in tables:
         bad.append(clean.untitled(tables["items"]))
     _say(f"{rows:,} event rows read")
     check_share(reasons, rows, config.max_quarantined)
-    quarantine = reduce(DataFrame.unionByName, bad)
-    found = {row[clean.REASON]: row["count"] for row in quarantine.groupBy(clean.REASON).count().collect()}
+    quarantine = settle(clean.counted(reduce(DataFrame.unionByName, bad)))
+    found = {
+        row[clean.REASON]: row["n"] for row in quarantine.groupBy(clean.REASON).agg(F.sum("rows").alias("n")).collect()
+    }
     for reason, count in sorted(found.items()):
         _say(f"  {'warning' if reason == ITEM_WITHOUT_TITLE else 'quarantine'}: {reason} {count:,}")
-    counts = {"read": rows, "clean": rows - sum(reasons.values())}
+    counts = {
+        **({} if privacy.deleted is None else {"deleted": deleted}),
+        "read": rows,
+        "clean": rows - sum(reasons.values()),
+    }
     return Judged(clean.good(events), good.get("items"), good.get("users"), quarantine, counts, found)
 
 
@@ -145,10 +155,12 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
     """Events, and samples per split.
 
     Raises:
-        ValueError: a split that should have samples has none.
+        ValueError: a split that should have samples has none, or those for training have one label only.
     """
     sample = is_sample(config.min_history)
-    rows = events.groupBy("split").agg(F.count("*").alias("events"), F.count_if(sample).alias("samples")).collect()
+    liked = F.count_if(sample & (F.col("label") == 1)).alias("liked")
+    counted = (F.count("*").alias("events"), F.count_if(sample).alias("samples"), liked)
+    rows = events.groupBy("split").agg(*counted).collect()
     found = {row["split"]: row["samples"] for row in rows}
     for name, fraction in zip(schema.SPLITS, config.fractions, strict=True):
         if fraction > 0 and not found.get(name):
@@ -156,7 +168,22 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
                 f"the {name} split has no sample (split = {config.split}, min_history = {config.min_history}, "
                 f"samples: {found}). Use a longer log, another split, or other fractions."
             )
+    _check_labels({row["split"]: row["liked"] for row in rows}, found, events, config)
     return {"events": sum(row["events"] for row in rows), **{name: found.get(name, 0) for name in schema.SPLITS}}
+
+
+def _check_labels(
+    liked: Mapping[str, int], samples: Mapping[str, int], events: DataFrame, config: EventsConfig
+) -> None:
+    train = schema.SPLITS[0]
+    if 0 < liked[train] < samples[train]:
+        return
+    ratings = sorted(row[0] for row in events.select("rating").distinct().collect())
+    raise ValueError(
+        f"all {samples[train]:,} training samples have the label {int(liked[train] > 0)}, so nothing can be learnt: "
+        f"like_at_least = {config.like_at_least:g}, and the ratings are {', '.join(f'{r:g}' for r in ratings)}. "
+        "Set like_at_least so that it parts them, or use a log with likes and dislikes."
+    )
 
 
 def write_events(events: DataFrame, out: Folder, rows: int) -> list[FileEntry]:
@@ -214,5 +241,5 @@ def _write_profiles(frame: DataFrame, events: DataFrame, out: Folder, kind: str,
 def _write_quarantine(judged: Judged, out: Folder) -> list[FileEntry]:
     if not judged.reasons:
         return []
-    placed = judged.quarantine.withColumn("part", part_of(clean.ROW, sum(judged.reasons.values())))
+    placed = judged.quarantine.withColumn("part", part_of(clean.ROW, judged.quarantine.count()))
     return write_parts(placed, out, "quarantine/", schema.quarantine, schema.quarantine.names)

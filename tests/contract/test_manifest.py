@@ -24,7 +24,7 @@ from reclora_dist.contract.manifest import (
     read_manifest,
     verified,
 )
-from reclora_dist.contract.storage import Folder
+from reclora_dist.contract.storage import Folder, StorageFullError
 
 THINGS = Format("test.things", 2)
 
@@ -146,8 +146,12 @@ def test_a_failed_write_leaves_the_old_manifest(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    before = folder.files()
+    with pytest.raises(
+        StorageFullError, match=r"no space left on device writing .*manifest.json'.*choose another folder"
+    ):
         commit(folder, dataclasses.replace(old, facts={"new": 1}))
+    assert folder.files() == before
     assert read_manifest(folder, THINGS).content_digest == old.content_digest
 
 

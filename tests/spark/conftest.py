@@ -48,7 +48,8 @@ def run(spark: SparkSession) -> Runner:
         config = build(job.config, override({}, settings))
         config, found = job.prepare(config, stage.open_inputs(job, {key: str(path) for key, path in inputs.items()}))
         folder = Folder(str(out))
-        return stage.publish(job, config, found, folder, job.run(spark, config, found, folder))
+        with stage.plainly():
+            return stage.publish(job, config, found, folder, job.run(spark, config, found, folder))
 
     return runner
 
