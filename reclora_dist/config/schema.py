@@ -32,6 +32,17 @@ class SynthesiseConfig(Section):
     styles: int = knob(3, "hidden styles of items that no text names; only who liked what shows them")
     drift: float = knob(0.3, "share of a user's taste that moves from the first day to the last")
     noise: float = knob(0.5, "standard deviation of the noise on the logit of liking")
+    activity_exponent: float = knob(
+        2.5, "tail of the users' activity: the share with more than n events falls like n to the minus this; above 1"
+    )
+    popularity_exponent: float = knob(
+        0.6, "the n-th most popular item is drawn in proportion to n to the minus this; 0: all alike, at most 1.5"
+    )
+    heavy_user: float = knob(0.0, "share of all events that belong to user 1, below 1; 0: it is a user like the others")
+    dirt: float = knob(
+        0.0, "bad rows added, as a share of the good ones, as many of each kind; ratings and times are text then"
+    )
+    by_day: bool = knob(False, "put the events of a day (UTC) into a folder date=YYYY-MM-DD")
     seed: int = knob(0, "seed of the generator")
 
 

@@ -3,16 +3,22 @@
 An item has a topic, which its title shows, and a style, which nothing shows but who liked it. A user likes some styles
 strongly and some topics a little; tastes move from the first day to the last. So the text of a short history tells
 something, and the ids of a long history tell much more.
+
+All users of a piece are drawn at once, and no array has users times items entries.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reclora_dist.config.schema import SynthesiseConfig
+from spark_jobs.transforms import plan
+from spark_jobs.transforms.plan import Plan
 
 STYLE_STRENGTH = 2.4
 TOPIC_STRENGTH = 1.8
@@ -27,10 +33,12 @@ one style something in common from the first step of training; without it a mode
 START = 1_700_000_000
 """First moment of the log, seconds since the epoch."""
 
-_DAY = 86_400
 _BIAS = 0.2
-_POPULARITY = 0.6
 _TOPIC_PULL = 0.5
+_TITLE_WORDS = 8
+_BITS = 32
+"""A sort key has a row above this many bits, and an item or a moment in them."""
+
 _AGES = ("18-24", "25-34", "35-44", "45-54", "55+")
 _REGIONS = ("north", "east", "south", "west")
 _WORDS = {
@@ -50,39 +58,74 @@ _WORDS = {
 _SYLLABLES = ("ka", "lo", "mi", "ren", "tu", "vas", "del", "or", "shi", "pen", "zu", "gar")
 
 
+Log = dict[str, NDArray[Any]]
+"""Events by column: user, item (int64, from 0), time (int64, seconds, rising within a user), rating (1 to 5), logit of
+liking.
+"""
+
+
 @dataclass(frozen=True)
 class World:
-    """The items of a generated log: topic, style (int64 [I]), quality (float64 [I], standard deviation 1), cumulative
-    popularity (float64 [I], ends at 1) and the table that is published.
+    """The items of a generated log: topic, style (int64 [I]), quality (float64 [I], standard deviation 1), and what
+    finds an item for a random number.
+
+    ``order`` (int64 [I]) has the items by topic, ``mass`` (float64 [I], ends at 1) their cumulative popularity in that
+    order, ``edges`` (float64 [topics + 1]) where each topic begins in it, and ``guide`` (int64 [I]) the first place
+    whose mass exceeds 0/I, 1/I, ...
     """
 
     topic: NDArray[np.int64]
     style: NDArray[np.int64]
     quality: NDArray[np.float64]
-    popularity: NDArray[np.float64]
-    items: pa.Table
+    order: NDArray[np.int64]
+    mass: NDArray[np.float64]
+    edges: NDArray[np.float64]
+    guide: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Tastes:
+    """What users like on the first and on the last day: styles float64 [users, 2, S], topics float64 [users, 2, T]."""
+
+    styles: NDArray[np.float64]
+    topics: NDArray[np.float64]
+
+
+@lru_cache(maxsize=1)
 def world(config: SynthesiseConfig) -> World:
-    """Generate the items."""
-    rng = np.random.default_rng([config.seed, 0])
+    """Generate the items; a process that writes many parts does so once."""
+    bits = plan.stream(config, plan.ITEMS)
+    topic, style, weight = _item_draws(config, bits)
+    quality = np.random.Generator(bits.advance(_TITLE_WORDS * config.items)).normal(size=config.items)
+    order = np.argsort(topic, kind="stable")
+    mass = np.cumsum(weight[order])
+    mass /= mass[-1]
+    ends = np.cumsum(np.bincount(topic, minlength=config.topics))
+    edges = np.concatenate([[0.0], mass])[np.concatenate([[0], ends])]
+    guide = np.searchsorted(mass, np.arange(config.items) / config.items, side="right")
+    return World(topic, style, quality, order, mass, edges, guide)
+
+
+def _item_draws(config: SynthesiseConfig, bits: np.random.PCG64) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Topic, style and popularity of all items; ``bits`` stand at the draws for the titles then."""
+    rng = np.random.Generator(bits)
     topic = rng.integers(0, config.topics, config.items)
     style = rng.integers(0, config.styles, config.items)
-    weight = rng.permutation((1.0 + np.arange(config.items)) ** -_POPULARITY)
+    return topic, style, rng.permutation((1.0 + np.arange(config.items)) ** -config.popularity_exponent)
+
+
+def items_table(config: SynthesiseConfig, start: int, stop: int) -> pa.Table:
+    """The items ``start`` to ``stop`` as they are published: item_id, title, topic."""
+    bits = plan.stream(config, plan.ITEMS)
+    topic = _item_draws(config, bits)[0][start:stop]
+    draws = np.random.Generator(bits.advance(_TITLE_WORDS * start)).random((stop - start, _TITLE_WORDS))
+    chosen = topic[:, None] * _TITLE_WORDS + np.argsort(draws, axis=1)[:, :2]
     vocabulary = [topic_words(number) for number in range(config.topics)]
-    words = np.argsort(rng.random((config.items, 8)), axis=1)[:, :2]
-    titles = [
-        f"{vocabulary[t][1][a]} {vocabulary[t][1][b]} {number}"
-        for number, (t, (a, b)) in enumerate(zip(topic.tolist(), words.tolist(), strict=True), 1)
-    ]
-    items = pa.table(
-        {
-            "item_id": [f"i{number:06d}" for number in range(1, config.items + 1)],
-            "title": titles,
-            "topic": [vocabulary[t][0] for t in topic.tolist()],
-        }
-    )
-    return World(topic, style, rng.normal(size=config.items), np.cumsum(weight) / weight.sum(), items)
+    words = pa.array([word for _, words in vocabulary for word in words])
+    number = pa.array(np.arange(start + 1, stop + 1)).cast(pa.string())
+    title = pc.binary_join_element_wise(words.take(chosen[:, 0]), words.take(chosen[:, 1]), number, " ")
+    topics = pa.array([name for name, _ in vocabulary]).take(pa.array(topic))
+    return pa.table({"item_id": item_ids(np.arange(start, stop)), "title": title, "topic": topics})
 
 
 def topic_words(number: int) -> tuple[str, tuple[str, ...]]:
@@ -91,83 +134,172 @@ def topic_words(number: int) -> tuple[str, tuple[str, ...]]:
         name = list(_WORDS)[number]
         return name, _WORDS[name]
     rng = np.random.default_rng(number)
-    return f"topic {number + 1}", tuple("".join(rng.choice(_SYLLABLES, 3)).capitalize() for _ in range(8))
+    return f"topic {number + 1}", tuple("".join(rng.choice(_SYLLABLES, 3)).capitalize() for _ in range(_TITLE_WORDS))
+
+
+def item_ids(numbers: NDArray[np.int64]) -> pa.Array:
+    """The ids of items by their numbers from 0: i000001, ..."""
+    return _ids("i", numbers, 6)
+
+
+def _ids(letter: str, numbers: NDArray[np.int64], width: int) -> pa.Array:
+    digits = pc.utf8_lpad(pa.array(numbers + 1).cast(pa.string()), width, "0")
+    return pc.binary_join_element_wise(letter, digits, "")
 
 
 def users_table(config: SynthesiseConfig, start: int, stop: int) -> pa.Table:
     """The users ``start`` to ``stop``; what they are says nothing about what they like."""
-    draws = np.array([np.random.default_rng([config.seed, 2, user]).random(2) for user in range(start, stop)])
-    draws = draws.reshape(-1, 2)
+    bits = plan.stream(config, plan.USERS).advance(2 * start)
+    age, region = np.random.Generator(bits).random((stop - start, 2)).T
     return pa.table(
         {
-            "user_id": [f"u{user + 1:07d}" for user in range(start, stop)],
-            "age_band": [_AGES[int(draw * len(_AGES))] for draw in draws[:, 0]],
-            "region": [_REGIONS[int(draw * len(_REGIONS))] for draw in draws[:, 1]],
+            "user_id": _ids("u", np.arange(start, stop), 7),
+            "age_band": pa.array(_AGES).take((age * len(_AGES)).astype(np.int64)),
+            "region": pa.array(_REGIONS).take((region * len(_REGIONS)).astype(np.int64)),
         }
     )
 
 
-def events_table(config: SynthesiseConfig, items: World, start: int, stop: int) -> pa.Table:
-    """The events of the users ``start`` to ``stop``, each from a generator of the user's own."""
-    logs = [user_events(config, items, user) for user in range(start, stop)]
-    names = items.items["item_id"].combine_chunks()
-    count = [len(log["item"]) for log in logs]
-    joined = {key: np.concatenate([log[key] for log in logs]) for key in logs[0]}
+def events_table(log: Log) -> pa.Table:
+    """Events as they are published (user_id, item_id, rating, timestamp), and the ``day`` of each since the epoch."""
     return pa.table(
         {
-            "user_id": pa.array(np.repeat([f"u{user + 1:07d}" for user in range(start, stop)], count)),
-            "item_id": names.take(pa.array(joined["item"])),
-            "rating": pa.array(joined["rating"].astype(np.float32)),
-            "timestamp": pa.array(joined["time"].astype(np.int64)),
+            "user_id": _ids("u", log["user"], 7),
+            "item_id": item_ids(log["item"]),
+            "rating": log["rating"].astype(np.float32),
+            "timestamp": log["time"],
+            "day": (log["time"] // plan.DAY).astype(np.int32),
         }
     )
 
 
-def user_events(config: SynthesiseConfig, items: World, user: int) -> dict[str, NDArray[Any]]:
-    """One user's log: item (int64, from 0), time (int64 seconds, rising), rating (1 to 5) and the logit of liking."""
-    rng = np.random.default_rng([config.seed, 1, user])
-    styles = _contrast(rng, config.styles) + MAINSTREAM * np.linspace(1, -1, config.styles)
-    topics = _contrast(rng, config.topics)
-    chosen = _choose(rng, items, topics[0], _activity(rng, config))
-    time = np.sort(rng.choice(config.days * _DAY, len(chosen), replace=False))
-    moved = config.drift * time / (config.days * _DAY)
-    style, topic = items.style[chosen], items.topic[chosen]
-    logit = (
-        _BIAS
-        + STYLE_STRENGTH * ((1 - moved) * styles[0][style] + moved * styles[1][style])
-        + TOPIC_STRENGTH * ((1 - moved) * topics[0][topic] + moved * topics[1][topic])
-        + QUALITY_STRENGTH * items.quality[chosen]
-        + config.noise * rng.normal(size=len(chosen))
-    )
-    liked = rng.random(len(chosen)) < 1 / (1 + np.exp(-logit))
-    warmth = logit + rng.normal(size=len(chosen))
-    rating = np.where(liked, 4 + (warmth > 1.5), np.clip(np.rint(2 + 0.5 * warmth), 1, 3))
-    return {"item": chosen, "time": START + time, "rating": rating, "logit": logit}
+def events(log: Plan, items: World, piece: int) -> Log:
+    """The events of a piece."""
+    if piece < log.user_pieces:
+        return _user_events(log.config, items, *log.users(piece))
+    number = piece - log.user_pieces
+    return _heavy_events(log.config, items, number, *log.stretch(number))
 
 
-def _contrast(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
-    """Tastes of the first and the last day, float64 [2, count], each with mean 0 and standard deviation 1."""
-    taste = rng.normal(size=(2, count))
-    spread = taste.std(axis=1, keepdims=True)
-    centred: NDArray[np.float64] = (taste - taste.mean(axis=1, keepdims=True)) / np.where(spread == 0, 1, spread)
+def _user_events(config: SynthesiseConfig, items: World, start: int, stop: int) -> Log:
+    """The events of the users ``start`` to ``stop``, who rate an item once."""
+    rng = np.random.Generator(plan.stream(config, plan.EVENTS, start))
+    count = plan.activity(config, start, stop)
+    tastes = _tastes(rng, config, stop - start)
+    row, item = _choose(rng, items, tastes, count)
+    order, time = _moments(rng, row, count, config.days * plan.DAY)
+    return {"user": start + row, **_rated(rng, config, items, tastes, row, item[order], time)}
+
+
+def _heavy_events(config: SynthesiseConfig, items: World, number: int, start: int, stop: int, count: int) -> Log:
+    """A stretch of the heavy user's events: seconds ``start`` to ``stop``; it comes back to items."""
+    tastes = _tastes(np.random.Generator(plan.stream(config, plan.HEAVY)), config, 1)
+    rng = np.random.Generator(plan.stream(config, plan.HEAVY, 1 + number))
+    row = np.zeros(count, np.int64)
+    item = _draw(rng, items, _topic_edges(items, tastes), row)
+    _, time = _moments(rng, row, np.array([count]), stop - start)
+    return {"user": row, **_rated(rng, config, items, tastes, row, item, start + time)}
+
+
+def _tastes(rng: np.random.Generator, config: SynthesiseConfig, users: int) -> Tastes:
+    styles = _contrast(rng, users, config.styles) + MAINSTREAM * np.linspace(1, -1, config.styles)
+    return Tastes(styles, _contrast(rng, users, config.topics))
+
+
+def _contrast(rng: np.random.Generator, users: int, count: int) -> NDArray[np.float64]:
+    """Float64 [users, 2, count], each row with mean 0 and standard deviation 1."""
+    taste = rng.normal(size=(users, 2, count))
+    spread = taste.std(axis=2, keepdims=True)
+    centred: NDArray[np.float64] = (taste - taste.mean(axis=2, keepdims=True)) / np.where(spread == 0, 1, spread)
     return centred
 
 
-def _activity(rng: np.random.Generator, config: SynthesiseConfig) -> int:
-    """Number of a user's events: at least a third of the mean, with a power-law tail; no user sees most items."""
-    least = config.events_per_user / 3
-    count = least + 2 * least * 1.5 * rng.pareto(2.5)
-    return int(max(1, min(count, config.items / 2, config.days * _DAY)))
-
-
-def _choose(rng: np.random.Generator, items: World, taste: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Distinct items, popular ones and those of liked topics more often, in random order."""
-    pull = np.exp(_TOPIC_PULL * (taste - taste.max()))
+def _choose(
+    rng: np.random.Generator, items: World, tastes: Tastes, count: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row (rising) and item of ``count`` events of each row: distinct items, drawn until there are enough."""
+    edges = _topic_edges(items, tastes)
     found: NDArray[np.int64] = np.empty(0, np.int64)
-    while len(found) < count:
-        drawn = np.searchsorted(items.popularity, rng.random(4 * count + 16), side="right")
-        drawn = np.minimum(drawn, len(items.topic) - 1)
-        kept = drawn[rng.random(len(drawn)) < pull[items.topic[drawn]]]
-        pool = np.concatenate([found, kept])
-        found = pool[np.sort(np.unique(pool, return_index=True)[1])]
-    return rng.permutation(found[:count])
+    lacking, complete = count, []
+    while lacking.any():
+        row = np.repeat(np.arange(len(count)), lacking)
+        found = _distinct(np.concatenate([found, row << _BITS | _draw(rng, items, edges, row)]))
+        lacking = np.where(lacking > 0, count, 0) - np.bincount(found >> _BITS, minlength=len(count))
+        full = lacking[found >> _BITS] == 0
+        complete.append(found[full])
+        found = found[~full]
+    pairs = np.sort(np.concatenate(complete))
+    return pairs >> _BITS, pairs & ((1 << _BITS) - 1)
+
+
+def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    ordered = np.sort(values)  # several times faster than np.unique
+    return ordered[np.diff(ordered, prepend=-1) > 0]
+
+
+def _topic_edges(items: World, tastes: Tastes) -> NDArray[np.float64]:
+    """Where topics end if row r spans r to r + 1 and popular and liked topics span more of it, float64 [rows * T]."""
+    weight = np.exp(_TOPIC_PULL * tastes.topics[:, 0]) * np.diff(items.edges)
+    ends = np.cumsum(weight, axis=1)
+    return (np.arange(len(ends))[:, None] + ends / ends[:, -1:]).ravel()
+
+
+def _draw(
+    rng: np.random.Generator, items: World, topic_edges: NDArray[np.float64], row: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """An item for each entry of ``row``: a topic by the row's taste, in it an item by its popularity."""
+    topics = len(items.edges) - 1
+    topic = np.searchsorted(topic_edges, row + rng.random(len(row)), side="right") - row * topics
+    topic = np.clip(topic, 0, topics - 1)  # a sum that was rounded up
+    mass = items.edges[topic] + np.diff(items.edges)[topic] * rng.random(len(row))
+    mass = np.minimum(mass, np.nextafter(1, 0))
+    place = items.guide[(mass * len(items.guide)).astype(np.int64)]
+    behind = np.flatnonzero(items.mass[place] <= mass)
+    while len(behind):
+        place[behind] += 1
+        behind = behind[items.mass[place[behind]] <= mass[behind]]
+    item: NDArray[np.int64] = items.order[place]
+    return item
+
+
+def _moments(
+    rng: np.random.Generator, row: NDArray[np.int64], count: NDArray[np.int64], span: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A random order within each row, and distinct seconds below ``span`` that rise within each row."""
+    key = row << _BITS | rng.integers(0, 1 << _BITS, len(row))
+    order = np.argsort(key, kind="stable")
+    rank = np.arange(len(row)) - (np.cumsum(count) - count)[row]
+    free = span - count[row] + 1  # the rank, added last, keeps equal draws apart
+    return order, ((key[order] & ((1 << _BITS) - 1)) * free >> _BITS) + rank
+
+
+def _rated(
+    rng: np.random.Generator,
+    config: SynthesiseConfig,
+    items: World,
+    tastes: Tastes,
+    row: NDArray[np.int64],
+    item: NDArray[np.int64],
+    time: NDArray[np.int64],
+) -> Log:
+    """Rate items at seconds since the first moment."""
+    moved = config.drift * time / (config.days * plan.DAY)
+    logit = (
+        _BIAS
+        + STYLE_STRENGTH * _liking(tastes.styles, row, items.style[item], moved)
+        + TOPIC_STRENGTH * _liking(tastes.topics, row, items.topic[item], moved)
+        + QUALITY_STRENGTH * items.quality[item]
+        + config.noise * rng.normal(size=len(row))
+    )
+    liked = rng.random(len(row)) < 1 / (1 + np.exp(-logit))
+    warmth = logit + rng.normal(size=len(row))
+    rating = np.where(liked, 4 + (warmth > 1.5), np.clip(np.rint(2 + 0.5 * warmth), 1, 3))
+    return {"item": item, "time": START + time, "rating": rating, "logit": logit}
+
+
+def _liking(
+    taste: NDArray[np.float64], row: NDArray[np.int64], kind: NDArray[np.int64], moved: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Taste of each row for a style or topic; 0 in ``moved`` means that of the first day, 1 of the last."""
+    liking: NDArray[np.float64] = (1 - moved) * taste[row, 0, kind] + moved * taste[row, 1, kind]
+    return liking

@@ -12,7 +12,7 @@ import pytest
 from reclora_dist.contract.manifest import Manifest, read_manifest
 from reclora_dist.contract.schema import RAW
 from reclora_dist.contract.storage import Folder
-from spark_jobs import build_events, write_shards
+from spark_jobs import build_events, synthesise, write_shards
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = ["--config", '{"users": 4000}', "--set", "items=80", "--set", "events_per_user=40"]
@@ -111,7 +111,7 @@ def test_killed_in_the_middle_the_old_dataset_stays_and_the_rerun_is_whole(
     assert set(folder.files()) == {"manifest.json", *[entry.path for entry in new.files]}, "leftovers are gone"
 
 
-@pytest.mark.parametrize("job", [build_events, write_shards])
+@pytest.mark.parametrize("job", [build_events, synthesise, write_shards])
 def test_help_teaches_every_setting(job, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job.cli(["--help"])
@@ -125,6 +125,7 @@ def test_help_teaches_every_setting(job, capsys: pytest.CaptureFixture[str]) -> 
             "keep users and items",
             "--metrics-port",
         ],
+        synthesise: ["heavy_user=0.0", "share of all events", "popularity_exponent=0.6", "dirt=0.0", "by_day=false"],
         write_shards: ["--histories", "rows_per_file=200000", "text_train=0.08", "--driver-memory"],
     }[job]
     assert all(words in told for words in wanted)
