@@ -30,7 +30,7 @@ def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]
         raise ValueError("where is the raw log? Give --raw, or set source.path")
     parents = {"raw": fingerprint(config.source, folder)}
     return replace(config, source=replace(config.source, path="")), replace(
-        inputs, folders={"raw": folder}, parents=parents
+        inputs, folders={"raw": folder.absolute()}, parents=parents
     )
 
 
