@@ -16,6 +16,7 @@ spark-submit \
     --master "${MASTER:?set MASTER to k8s://https://host:port}" \
     --deploy-mode client \
     "${options[@]}" \
+    --conf "spark.ui.showConsoleProgress=$terminal" \
     --conf "spark.kubernetes.container.image=${IMAGE:-reclora-dist-spark:0.1.0}" \
     --conf "spark.kubernetes.namespace=${NAMESPACE:-default}" \
     --conf "spark.driver.host=${DRIVER_HOST:-$(hostname -i)}" \

@@ -12,5 +12,6 @@ shift
 spark-submit \
     --master "${MASTER:?set MASTER to spark://host:7077}" \
     "${options[@]}" \
+    --conf "spark.ui.showConsoleProgress=$terminal" \
     --conf "spark.pyspark.python=${PYSPARK_PYTHON:-python3}" \
     "$job" "$@"

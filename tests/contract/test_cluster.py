@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -163,14 +164,14 @@ def test_a_documented_submission_names_a_script_a_job_and_options_that_exist(scr
     build(found.config, settings("{}", given.settings))
 
 
-def submitted(script, tmp_path, *arguments, **environment):
+def submitted(script, tmp_path, *arguments, stderr=subprocess.PIPE, **environment):
     """Run a script with a spark-submit that prints what it was told."""
     (tmp_path / "spark-submit").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "spark-submit").chmod(0o755)
     (tmp_path / "our.whl").touch()
     places = {"MASTER": "spark://head:7077", "ENVIRONMENT": "hdfs:///env.tar.gz", "EVENT_LOG": "hdfs:///spark-events"}
     given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WHEEL": str(tmp_path / "our.whl"), **places, **environment}
-    return subprocess.run([script, *arguments], capture_output=True, text=True, env=given)
+    return subprocess.run([script, *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True, env=given)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,14 @@ def test_spark_scripts_submit_the_job_with_wheel_tuning_and_event_log(script, su
     assert options[options.index("--properties-file") + 1] == str(CLUSTER / "spark" / "spark-defaults.conf")
     assert "spark.eventLog.dir=hdfs:///spark-events" in options
     assert {option for option in options if option.startswith("--")} <= submit_options
+
+
+def test_only_a_driver_at_a_terminal_draws_the_bar(tmp_path):
+    script = CLUSTER / "spark" / "standalone.sh"
+    assert "spark.ui.showConsoleProgress=false" in submitted(script, tmp_path, "build_events").stdout
+    _, terminal = pty.openpty()
+    shown = submitted(script, tmp_path, "build_events", stderr=terminal).stdout
+    assert "spark.ui.showConsoleProgress=true" in shown
 
 
 @pytest.mark.parametrize(
