@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := spark,train,serve,dev
+DIST := dist
 
 # The interpreter of a new environment: python3 if it is 3.11 or 3.12, else python3.12 or python3.11.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # DeepSpeed looks for ninja on PATH when it compiles its CPU kernels.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup preflight demo test lint bench
+.PHONY: help setup preflight demo test lint bench wheel
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -38,6 +39,11 @@ lint: setup  ## ruff, mypy --strict, import-linter
 bench: setup  ## one claim measured: NAME=movielens RAW=path/to/ml-1m, NAME=personalisation
 	@test -f "benchmarks/$(NAME).py" || { echo "make bench NAME=<one of: $(basename $(notdir $(wildcard benchmarks/*.py)))>" >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME).py $(if $(RAW),--raw "$(RAW)") $(ARGS)
+
+wheel: setup  ## the package as dist/reclora_dist-*.whl, for `spark-submit --py-files`; without the network
+	@rm -rf build
+	@$(BIN)/python -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir "$(DIST)" .
+	@echo "$(DIST)/reclora_dist-$$($(BIN)/python -c 'import reclora_dist; print(reclora_dist.__version__)')-py3-none-any.whl"
 
 $(READY): pyproject.toml constraints.txt | preflight
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "No venv module: install it (Debian, Ubuntu: apt install python3-venv) and try again." >&2; exit 1; }

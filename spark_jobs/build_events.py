@@ -35,7 +35,7 @@ def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]
     parents = {"raw": privacy.fingerprint(fingerprint(config.source, folder))}
     source, settings = replace(config.source, path=""), replace(config.privacy, key_file="", delete="")
     return replace(config, source=source, privacy=settings), replace(
-        inputs, folders={"raw": folder}, parents=parents, privacy=privacy
+        inputs, folders={"raw": folder.absolute()}, parents=parents, privacy=privacy
     )
 
 

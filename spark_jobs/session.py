@@ -1,8 +1,8 @@
 """The Spark session of a job: quiet and on the loopback for a local master, spark-submit's own elsewhere."""
 
-import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -14,7 +14,7 @@ from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
 
 _ROOT = Path(__file__).resolve().parents[1]
-_LOGGING = Path(__file__).with_name("log4j2.properties")
+"""Where this process has the package from: a checkout, a folder of installed packages, or a wheel."""
 
 
 def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, conf: Mapping[str, str]) -> SparkSession:
@@ -33,7 +33,6 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         "spark.sql.shuffle.partitions": str(shuffle_partitions),
         "spark.sql.session.timeZone": "UTC",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
-        "spark.executorEnv.PYTHONPATH": str(_ROOT),
         **(_local() if local else {}),
         **conf,
     }
@@ -45,7 +44,7 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
             settings.set(key, value)
     spark = SparkSession.builder.appName(f"reclora {job}").config(conf=settings).getOrCreate()
     if not is_local(spark):
-        spark.sparkContext.addPyFile(str(_archive()))
+        _ship(spark.sparkContext)
     return spark
 
 
@@ -98,10 +97,11 @@ def _local() -> dict[str, str]:
     return {
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
+        "spark.executorEnv.PYTHONPATH": str(_ROOT),
         "spark.ui.enabled": "false",
         "spark.sql.adaptive.enabled": "false",
         "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_logging()}",
     }
 
 
@@ -126,13 +126,28 @@ def _submitted() -> dict[str, str]:
     return dict(SparkConf().getAll())
 
 
-def _archive() -> Path:
-    """This package and the light rooms of ``reclora_dist`` as a zip, for executors that have no checkout."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
+def _logging() -> str:
+    """URL of the configuration of a local job's log, which may lie in a wheel."""
+    root = f"jar:{_ROOT.as_uri()}!" if _ROOT.is_file() else _ROOT.as_uri()
+    return f"{root}/spark_jobs/log4j2.properties"
+
+
+def _ship(context: SparkContext) -> None:
+    """Give the executors the code that this process runs; they have no checkout, and no older wheel may come first.
+
+    Also a wheel of ``--py-files`` is sent again, as a zip: Spark imports from .zip, .egg and .jar, never from .whl.
+    """
+    target = Path(str(context._temp_dir)) / "reclora_spark.zip"
+    if _ROOT.is_file():
+        shutil.copyfile(_ROOT, target)
+    else:
+        _archive(target)
+    context.addPyFile(str(target))
+
+
+def _archive(target: Path) -> None:
+    """Write this package and ``reclora_dist`` as a zip."""
+    with zipfile.ZipFile(target, "w") as archive:
         for package in ("reclora_dist", "spark_jobs"):
             for file in sorted((_ROOT / package).rglob("*.py")):
                 archive.write(file, file.relative_to(_ROOT).as_posix())
-    target = Path(tempfile.mkdtemp(prefix="reclora-")) / "reclora_spark.zip"
-    target.write_bytes(content.getvalue())
-    return target

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reclora_dist.config.load import build
@@ -88,7 +89,7 @@ def _run(job: Job, given: Any) -> None:
     began = time.monotonic()
     config: Any = build(job.config, arguments.settings(given.config, given.settings))
     config, inputs = job.prepare(config, open_inputs(job, {name: getattr(given, name) for name in job.inputs}))
-    out = Folder(given.out)
+    out = Folder(given.out).absolute()
     metrics = JobMetrics(job.name, given.metrics_port)
     if is_current(out, job.output, digest(config), inputs.parents):
         say(job.output.name.rpartition(".")[2], "up to date")
@@ -106,14 +107,14 @@ def open_inputs(job: Job, uris: Mapping[str, str]) -> Inputs:
     Raises:
         ContractError: one is missing, of another version, or damaged.
     """
-    folders = {name: Folder(uri) for name, uri in uris.items() if uri}
+    folders = {name: Folder(uri).absolute() for name, uri in uris.items() if uri}
     manifests = {name: read_manifest(folders[name], job.formats[name]) for name in folders if name in job.formats}
     return Inputs(folders, manifests, {name: manifest.content_digest for name, manifest in manifests.items()})
 
 
 def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> Manifest:
     """Start Spark, run the job and commit its result."""
-    from spark_jobs import session
+    from spark_jobs import progress, session
 
     began = time.monotonic()
     spark = session.start(
@@ -122,7 +123,9 @@ def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> M
     say(job.name, f"Spark {spark.version} on {spark.sparkContext.master} after {time.monotonic() - began:.1f} s")
     try:
         with plainly():
-            manifest = publish(job, config, inputs, out, job.run(spark, config, inputs, out))
+            with progress.shown(spark, partial(say, job.name)):
+                output = job.run(spark, config, inputs, out)
+            manifest = publish(job, config, inputs, out, output)
     finally:
         spark.stop()
     seconds = time.monotonic() - began

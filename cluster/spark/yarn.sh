@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Runs one Spark job on YARN, driver included:
 #
-#   ENVIRONMENT=hdfs:///envs/reclora.tar.gz cluster/spark/yarn.sh build_events \
+#   ENVIRONMENT=hdfs:///envs/reclora.tar.gz EVENT_LOG=hdfs:///spark-events cluster/spark/yarn.sh build_events \
 #       --raw hdfs:///logs --out hdfs:///runs/logs/events --set k_core=5
 #
 # Traps avoided: YARN nodes rarely have the right Python, so a packed environment (venv-pack or conda-pack) goes with
 # the job and both driver and executors use it. Data and results are on HDFS: the driver's disk is gone when it ends.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/wheel.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 shift
 
 spark-submit \
     --master yarn \
     --deploy-mode cluster \
-    --py-files "$wheel" \
+    "${options[@]}" \
     --archives "${ENVIRONMENT:?set ENVIRONMENT to a packed Python environment}#environment" \
     --conf spark.pyspark.python=./environment/bin/python \
-    --conf "spark.executor.memory=${EXECUTOR_MEMORY:-4g}" \
+    --conf "spark.executor.instances=${EXECUTORS:-4}" \
     "$job" "$@"

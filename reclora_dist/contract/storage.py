@@ -32,6 +32,10 @@ class Folder:
         root: str = fsspec.core.url_to_fs(self.uri)[1]
         return posixpath.join(root, name) if name else root
 
+    def absolute(self) -> "Folder":
+        """The same folder for a process with another working directory, as executors have."""
+        return self if "://" in self.uri else Folder(os.path.abspath(self.uri))
+
     def child(self, name: str) -> "Folder":
         """The sub-folder ``name``."""
         return Folder(posixpath.join(self.uri, name))

@@ -8,7 +8,6 @@ import asyncio
 import dataclasses
 import logging
 import math
-import os
 import signal
 import socket
 import threading
@@ -298,7 +297,7 @@ def run(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> str:
         ContractError: there is no adapter at the path.
         ValueError: the port is in use.
     """
-    folder = Folder(adapter if "://" in adapter else os.path.abspath(adapter))
+    folder = Folder(adapter).absolute()
     read_manifest(folder, ADAPTER)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _disconnect()  # Ray Serve remembers a controller by job id, which is the same in every cluster's first driver

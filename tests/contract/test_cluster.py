@@ -1,9 +1,13 @@
 """The manifests and scripts of cluster/ name things that exist: versions, modules, settings, volumes, ports, images."""
 
 import importlib
+import os
+import pty
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,17 +17,20 @@ from ray.serve.schema import ServeDeploySchema
 
 import reclora_dist
 from reclora_dist.cli.compose import load
-from reclora_dist.config.load import ConfigError
+from reclora_dist.config.load import ConfigError, build
 from reclora_dist.contract.manifest import ContractError, Manifest, commit
 from reclora_dist.contract.schema import ADAPTER
 from reclora_dist.contract.storage import Folder
 from reclora_dist.ray_app.declared import build_application
 from reclora_dist.ray_app.service import APPLICATION
+from spark_jobs.arguments import parser as parser_of
+from spark_jobs.arguments import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 SCRIPTS = sorted(CLUSTER.glob("*/*.sh"))
+SPARK_SCRIPTS = [path for path in SCRIPTS if path.parent.name == "spark" and path.name != "job.sh"]
 DOCKERFILES = sorted((CLUSTER / "docker").glob("*.Dockerfile"))
 CONSTRAINTS = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
@@ -135,22 +142,102 @@ def test_scripts_are_bash_and_say_what_they_are_for(path):
 
 
 def test_spark_scripts_name_every_job():
-    listed = re.search(r"choose one of ([\w, ]+)", (CLUSTER / "spark" / "wheel.sh").read_text())[1]
+    listed = re.search(r"choose one of ([\w, ]+)", (CLUSTER / "spark" / "job.sh").read_text())[1]
     entries = {path.stem for path in (ROOT / "spark_jobs").glob("*.py") if "__main__" in path.read_text()}
     assert set(listed.split(", ")) == entries
 
 
-def test_spark_scripts_give_options_that_jobs_have():
-    for path in sorted((CLUSTER / "spark").glob("*.sh")):
-        usage = re.findall(r"build_events(.*?)(?=\n#\n)", path.read_text(), re.DOTALL)
-        for text in usage:
-            assert set(re.findall(r"--(?!conf)[\w-]+", text)) <= {"--raw", "--out", "--config", "--set"}
+def documented_submissions():
+    """Every ``cluster/spark/<script>.sh <job> <arguments>`` of pages and scripts."""
+    for path in [*SPARK_SCRIPTS, ROOT / "docs" / "operations.md"]:
+        text = re.sub(r"\s*\\\n#?\s*", " ", path.read_text())
+        for script, job, arguments in re.findall(r"cluster/spark/(\w+)\.sh (\w+) (--[^\n`#|;&]*)", text):
+            yield pytest.param(script, job, shlex.split(arguments), id=f"{path.name}:{script}:{job}")
 
 
-def test_an_unknown_spark_job_is_refused():
-    done = subprocess.run([CLUSTER / "spark" / "standalone.sh", "train"], capture_output=True, text=True)
+@pytest.mark.parametrize(("script", "job", "arguments"), list(documented_submissions()))
+def test_a_documented_submission_names_a_script_a_job_and_options_that_exist(script, job, arguments):
+    assert CLUSTER / "spark" / f"{script}.sh" in SPARK_SCRIPTS
+    found = importlib.import_module(f"spark_jobs.{job}").JOB
+    parser = parser_of(found.name, found.summary, found.config, found.inputs, found.optional)
+    given = parser.parse_args(arguments)
+    build(found.config, settings("{}", given.settings))
+
+
+def submitted(script, tmp_path, *arguments, stderr=subprocess.PIPE, **environment):
+    """Run a script with a spark-submit that prints what it was told."""
+    (tmp_path / "spark-submit").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "spark-submit").chmod(0o755)
+    (tmp_path / "our.whl").touch()
+    places = {"MASTER": "spark://head:7077", "ENVIRONMENT": "hdfs:///env.tar.gz", "EVENT_LOG": "hdfs:///spark-events"}
+    given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WHEEL": str(tmp_path / "our.whl"), **places, **environment}
+    return subprocess.run([script, *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True, env=given)
+
+
+@pytest.fixture(scope="module")
+def submit_options():
+    """The options of the real spark-submit."""
+    command = [Path(sys.executable).with_name("spark-submit"), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(re.findall(r"^ +(--[\w-]+)", told.stdout + told.stderr, re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", SPARK_SCRIPTS, ids=name_of)
+def test_spark_scripts_submit_the_job_with_wheel_tuning_and_event_log(script, submit_options, tmp_path):
+    done = submitted(script, tmp_path, "build_events", "--raw", "a folder", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    entry = told.index(str(ROOT / "spark_jobs" / "build_events.py"))
+    assert told[entry + 1 :] == ["--raw", "a folder", "--out", "out"]
+    options = told[:entry]
+    assert options[options.index("--py-files") + 1] == str(tmp_path / "our.whl")
+    assert options[options.index("--properties-file") + 1] == str(CLUSTER / "spark" / "spark-defaults.conf")
+    assert "spark.eventLog.dir=hdfs:///spark-events" in options
+    assert {option for option in options if option.startswith("--")} <= submit_options
+
+
+def test_only_a_driver_at_a_terminal_draws_the_bar(tmp_path):
+    script = CLUSTER / "spark" / "standalone.sh"
+    assert "spark.ui.showConsoleProgress=false" in submitted(script, tmp_path, "build_events").stdout
+    _, terminal = pty.openpty()
+    shown = submitted(script, tmp_path, "build_events", stderr=terminal).stdout
+    assert "spark.ui.showConsoleProgress=true" in shown
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ({"WHEEL": "/nowhere.whl"}, "/nowhere.whl is not there: run `make wheel`"),
+        ({"EVENT_LOG": ""}, "set EVENT_LOG to the folder of the event logs"),
+        ({"MASTER": ""}, "set MASTER to spark://host:7077"),
+    ],
+)
+def test_spark_scripts_say_what_is_missing(missing, told, tmp_path):
+    done = submitted(CLUSTER / "spark" / "standalone.sh", tmp_path, "build_events", "--out", "out", **missing)
+    assert done.returncode and not done.stdout
+    assert told in done.stderr
+
+
+def test_a_wheel_older_than_the_code_is_refused(tmp_path):
+    shutil.copytree(CLUSTER / "spark", tmp_path / "cluster" / "spark")
+    for package in ("reclora_dist", "spark_jobs"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    wheel = tmp_path / "dist" / f"reclora_dist-{reclora_dist.__version__}-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    script = tmp_path / "cluster" / "spark" / "standalone.sh"
+    assert submitted(script, tmp_path, "build_events", WHEEL="").returncode == 0
+    os.utime(wheel, (0, 0))
+    done = submitted(script, tmp_path, "build_events", WHEEL="")
     assert done.returncode == 2
-    assert "train is no Spark job; choose one of synthesise" in done.stderr
+    assert f"{wheel} is older than the code: run `make wheel` again" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "session"])
+def test_an_unknown_spark_job_is_refused(name):
+    done = subprocess.run([CLUSTER / "spark" / "standalone.sh", name], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{name} is no Spark job; choose one of synthesise" in done.stderr
 
 
 def test_a_worker_without_the_token_is_refused(tmp_path):

@@ -232,3 +232,12 @@ def test_the_contract_holds_on_another_file_system():
     assert old.content_digest != read_manifest(folder, THINGS).content_digest
     with pytest.raises(ValueError, match="is not a local folder"):
         folder.local()
+
+
+def test_an_absolute_folder_is_the_same_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published(Folder("runs/things").absolute())
+    relative, absolute = Folder("runs/things"), Folder("runs/things").absolute()
+    monkeypatch.chdir("/")
+    assert absolute.exists(MANIFEST) and not relative.exists(MANIFEST)
+    assert Folder("s3://bucket/things").absolute() == Folder("s3://bucket/things")

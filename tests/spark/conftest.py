@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    started = session.start("tests", "local[2]", "1g", 3, {})
+    started = session.start("tests", "local[2]", "1g", 3, {"spark.ui.showConsoleProgress": "false"})
     yield started
     started.stop()
 

@@ -52,7 +52,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_job_says_what_it_did_and_no_more(made: tuple[Path, str]) -> None:
     folder, shown = made
     lines = [line for line in shown.splitlines() if "jdk.incubator.vector" not in line]
-    assert all(line.startswith("synthesise: ") for line in lines) and 2 <= len(lines) <= 6
+    assert all(line.startswith("synthesise: ") for line in lines)
+    assert 2 <= sum(" tasks" not in line for line in lines) <= 6, "besides how far it is, on a slow machine"
     assert "users 4,000" in shown
     metrics = (folder / "metrics" / "job.prom").read_text()
     assert (
