@@ -13,11 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reclora_dist.config.schema import RetrievalConfig
+from reclora_dist.contract.categories import item_categories
 from reclora_dist.contract.manifest import ContractError, Manifest, read_manifest, verified
 from reclora_dist.contract.parts import open_part, read_parts
 from reclora_dist.contract.schema import EVENTS, VECTORS, text_shard
 from reclora_dist.contract.storage import Folder
-from reclora_dist.retrieval import Past, Similarity, check_grid, item_categories, retrieve, similarity
+from reclora_dist.retrieval import Past, Similarity, check_grid, retrieve, similarity
 
 _COLUMNS = ("sample_id", "user", "item", "time", "level", "label", "split")
 _SHOWN = 10

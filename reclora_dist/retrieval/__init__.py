@@ -3,7 +3,6 @@
 Spark jobs and the service both call this, so a history is the same in training and in serving.
 """
 
-from reclora_dist.retrieval.categories import item_categories
 from reclora_dist.retrieval.nearest import Past, retrieve
 from reclora_dist.retrieval.similarity import (
     Category,
@@ -24,7 +23,6 @@ __all__ = [
     "SimHash",
     "Similarity",
     "check_grid",
-    "item_categories",
     "on_grid",
     "retrieve",
     "similarity",

@@ -11,9 +11,10 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from reclora_dist.config.schema import RetrievalConfig
+from reclora_dist.contract.categories import item_categories
 from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, verified
 from reclora_dist.contract.storage import Folder
-from reclora_dist.retrieval import Semantic, Similarity, check_grid, item_categories, similarity
+from reclora_dist.retrieval import Semantic, Similarity, check_grid, similarity
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
