@@ -127,6 +127,6 @@ def test_help_teaches_every_setting(job, capsys: pytest.CaptureFixture[str]) -> 
             "--metrics-port",
         ],
         synthesise: ["heavy_user=0.0", "share of all events", "popularity_exponent=0.6", "dirt=0.0", "by_day=false"],
-        write_shards: ["--histories", "rows_per_file=200000", "text_train=0.08", "--driver-memory"],
+        write_shards: ["--histories", "rows_per_file=400000", "text_train=0.08", "--driver-memory"],
     }[job]
     assert all(words in told for words in wanted)
