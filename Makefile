@@ -41,7 +41,7 @@ bench: setup  ## one claim measured: NAME=movielens RAW=path/to/ml-1m, NAME=pers
 	@$(BIN)/python benchmarks/$(NAME).py $(if $(RAW),--raw "$(RAW)") $(ARGS)
 
 wheel: setup  ## the package as dist/reclora_dist-*.whl, for `spark-submit --py-files`; without the network
-	@rm -rf build
+	@rm -rf build  # setuptools keeps modules there that are gone
 	@$(BIN)/python -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir "$(DIST)" .
 	@echo "$(DIST)/reclora_dist-$$($(BIN)/python -c 'import reclora_dist; print(reclora_dist.__version__)')-py3-none-any.whl"
 
