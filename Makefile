@@ -27,8 +27,8 @@ setup: $(READY)  ## make the environment in .venv (demo, test, lint and bench do
 demo: setup  ## logs to a served, evaluated RecLoRA, embedded; files in runs/demo, second time: what is up to date is skipped
 	@$(BIN)/python -m reclora_dist.cli.pipeline $(ARGS)
 
-test: setup  ## all tests; ARGS="-k metrics" chooses
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup  ## all tests, in two processes; ARGS="-k metrics" chooses, ARGS="-n 0" takes one
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check

@@ -118,25 +118,25 @@ def answers(run: Path) -> list[Any]:
 
 
 KILLED = {
-    "synthesise": "raw",
-    "events": "events",
-    "backbone": None,
-    "vectors": None,
-    "histories": "histories",
-    "shards": "shards",
-    "quality": None,
-    "crm": "checkpoints/crm",
-    "adapter lora": "checkpoints/lora",
-    "adapter uniform": "checkpoints/uniform",
-    "adapter reclora": "checkpoints/reclora",
-    "evaluation": None,
-    "service": None,
+    "synthesise": "raw/",
+    "events": "events/",
+    "backbone": "=== backbone",
+    "vectors": "ray: connecting",
+    "histories": "histories/",
+    "shards": "shards/",
+    "quality": "report_quality: Spark",
+    "crm": "checkpoints/crm/",
+    "adapter lora": "checkpoints/lora/",
+    "adapter uniform": "checkpoints/uniform/",
+    "adapter reclora": "checkpoints/reclora/",
+    "evaluation": "evaluation: lora scored",
+    "service": "ray: connecting",
 }
-"""Where a stage leaves its first files, by which one sees that it is at work; None: it writes at its end only."""
+"""By what one sees that a stage is at work: a folder in which it leaves its first files, or what it says."""
 
 
-def kill_inside(run: Path, stage: str, place: str | None) -> None:
-    """Start the pipeline and SIGKILL it when ``stage`` is at work (for a second, or has written); all of it ends."""
+def kill_inside(run: Path, stage: str, sign: str) -> None:
+    """Start the pipeline and SIGKILL it when ``stage`` is at work; all of it ends."""
     log = run.with_suffix(".txt")
     with (
         log.open("w") as output,
@@ -145,10 +145,7 @@ def kill_inside(run: Path, stage: str, place: str | None) -> None:
         ) as process,
     ):
         wait_for(process, log, lambda: f"=== {stage}\n" in log.read_text())
-        if place is None:
-            time.sleep(1)
-        else:
-            wait_for(process, log, lambda: has_files(run / place))
+        wait_for(process, log, lambda: has_files(run / sign) if sign.endswith("/") else sign in log.read_text())
         working = [p for p in psutil.Process(process.pid).children(recursive=True) if not ends_later(p)]
         os.kill(process.pid, signal.SIGKILL)
     assert f"{stage}: done" not in log.read_text()

@@ -207,10 +207,8 @@ OTHER_TABLES = (quality.DUPLICATE_ITEM, quality.DUPLICATE_USER, quality.ITEM_WIT
 def test_every_planted_bad_row_is_found_and_no_other(dirty: tuple[Path, Manifest]) -> None:
     folder, made = dirty
     built = read_manifest(Folder(str(folder / "events")), EVENTS)
-    reasons = {text for name, text in vars(quality).items() if name.isupper()} - {
-        quality.MALFORMED_ROW,
-        quality.DELETED,
-    }
+    told = {text for name, text in vars(quality).items() if name.isupper() and isinstance(text, str)}
+    reasons = told - {quality.MALFORMED_ROW, quality.DELETED}
     assert set(made.facts["dirt"]) == reasons and min(made.facts["dirt"].values()) >= 4
     assert built.facts["quarantine"] == made.facts["dirt"]
     counts = built.facts["counts"]
