@@ -13,12 +13,13 @@ TESTS = Path(__file__).parent
 MODELS = Path(__file__).parents[2] / "shared" / "models"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something expensive stay in one process: a file's, and all of e2e."""
-    for item in items:
-        room, *rest = item.path.relative_to(TESTS).parts
-        item.add_marker(pytest.mark.xdist_group(room if room == "e2e" else "/".join([room, *rest])))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests that share something expensive stay in one process: those of a file, and all of e2e.
+
+    Marked here, for xdist looks at the marks before any other hook on the collected items runs.
+    """
+    room, *rest = item.path.relative_to(TESTS).parts
+    item.add_marker(pytest.mark.xdist_group(room if room == "e2e" else "/".join([room, *rest])))
 
 
 @pytest.fixture(scope="session")
