@@ -1,6 +1,6 @@
 """The same shards by a straightforward script: Polars numbers, sorts and counts; numpy retrieves, user by user.
 
-    python benchmarks/rivals/polars_numpy.py RAW VECTORS OUT
+python benchmarks/rivals/polars_numpy.py RAW VECTORS OUT
 """
 
 import sys
