@@ -9,17 +9,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other
 sys.path.insert(0, str(Path(__file__).parent))
 
-TESTS = Path(__file__).parent
 MODELS = Path(__file__).parents[2] / "shared" / "models"
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests that share something expensive stay in one process: those of a file, and all of e2e.
-
-    Marked here, for xdist looks at the marks before any other hook on the collected items runs.
-    """
-    room, *rest = item.path.relative_to(TESTS).parts
-    item.add_marker(pytest.mark.xdist_group(room if room == "e2e" else "/".join([room, *rest])))
 
 
 @pytest.fixture(scope="session")

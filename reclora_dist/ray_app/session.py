@@ -74,6 +74,7 @@ def _ended() -> Iterator[None]:
 
 def _start(config: RayConfig, folder: Path) -> Any:
     _choose_token()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's node away
     context = ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(config.workers * config.cpus_per_worker), 2),

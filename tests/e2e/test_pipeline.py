@@ -1,26 +1,42 @@
-"""From nothing to a checked service in one command; again; and with SIGKILL inside the stages."""
+"""From nothing to a checked service in one command; again; with SIGKILL inside the stages; and a stage as a Ray job.
 
+One file, for all of it starts from one finished run, and the tests of a file stay in one process.
+"""
+
+import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from small_run import REPOSITORY, Finished, command, digests, environment, finish
+from small_run import REPOSITORY, SETTINGS, Finished, command, digests, environment, finish
 
 pytestmark = [pytest.mark.spark, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = [
     "synthesise", "events", "backbone", "vectors", "histories", "shards", "quality", "crm",
     "adapter lora", "adapter uniform", "adapter reclora", "evaluation", "service",
 ]  # fmt: skip
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 MODELS = ["running_averages", "crm", "lora", "uniform", "reclora"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One small run of the whole pipeline; the tests look at it or copy it."""
+    return finish("pipeline", tmp_path_factory.mktemp("e2e") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +187,86 @@ def ends_later(process: psutil.Process) -> bool:
 
 def has_files(folder: Path) -> bool:
     return any(path.is_file() for path in folder.rglob("*"))
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a head node's dashboard."""
+    head, dashboard, agent, metrics, client = free_ports(5)
+    folder = Path(tempfile.mkdtemp(prefix="reclora-job-", dir="/tmp"))  # its sockets' paths must be short
+    options = {
+        "--port": head, "--dashboard-port": dashboard, "--dashboard-agent-listen-port": agent,
+        "--metrics-export-port": metrics, "--ray-client-server-port": client, "--temp-dir": folder, "--num-cpus": 2,
+        "--object-store-memory": 100 << 20, "--dashboard-host": "127.0.0.1",
+    }  # fmt: skip
+    arguments = [f"{name}={value}" for name, value in options.items()]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with (folder / "head.log").open("w") as log:
+        node = subprocess.Popen(
+            [*RAY, "start", "--head", "--block", "--disable-usage-stats", *arguments],
+            env=environment(**TOKEN, PATH=path), stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        wait_for_port(dashboard, node, folder / "head.log")
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        stop(psutil.Process(node.pid))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stop(node: psutil.Process) -> None:
+    """End a node's processes; its own orderly way takes half a minute."""
+    processes = [node, *node.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def wait_for_port(port: int, node: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert node.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise TimeoutError(log.read_text())
+
+
+def submit(cluster: str, *entrypoint: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--", *entrypoint],
+        cwd=REPOSITORY, env=environment(**more), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_training_as_a_job_gives_the_adapter_of_the_pipeline(finished: Finished, cluster: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.run, tmp_path / "run"))
+    shutil.rmtree(run / "adapters" / "reclora")
+    done = submit(cluster, "python", "-m", "reclora_dist.cli.train", *SETTINGS, f"paths.run={run}", **TOKEN)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    assert "succeeded" in done.stdout
+    assert "crm: up to date" in done.stdout
+    assert "adapter reclora: done in" in done.stdout
+    assert digests(run) == digests(finished.run)
+
+
+def test_bad_input_fails_the_job_with_its_message(cluster: str, tmp_path: Path) -> None:
+    done = submit(cluster, "python", "-m", "reclora_dist.cli.train", "crm.embeding=8", f"paths.run={tmp_path}", **TOKEN)
+    assert done.returncode != 0
+    assert "error: config crm.embeding = 8: no such key; did you mean 'crm.embedding'?" in done.stdout + done.stderr
+
+
+def test_without_the_token_nothing_is_run(cluster: str) -> None:
+    done = submit(cluster, "python", "-c", "print('I ran')", RAY_AUTH_MODE="disabled")
+    assert done.returncode != 0
+    assert "I ran" not in done.stdout
