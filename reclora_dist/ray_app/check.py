@@ -1,7 +1,6 @@
 """The pipeline's last stage: serve the adapter, ask it over HTTP, compare with the evaluation, find the metrics."""
 
 import json
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -10,58 +9,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from prometheus_client.parser import text_string_to_metric_families
 
 from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
-from reclora_dist.contract.manifest import Manifest, add_file, commit, digest, is_current
+from reclora_dist.config.targets import service_target
+from reclora_dist.contract.manifest import add_file
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import ADAPTER, EVALUATION, EVENTS, SERVICE
+from reclora_dist.contract.schema import EVALUATION, EVENTS
 from reclora_dist.ray_app import service
 from reclora_dist.ray_app.evaluate import split_rows
-from reclora_dist.ray_app.session import Cluster
-from reclora_dist.telemetry import names
-from reclora_dist.train.stages import Identity
+from reclora_dist.ray_app.scrape import Scraper
 
 ANSWERS = "answers.json"
 CANDIDATES = 5
 EVALUATED = 200
 TOLERANCE = 1e-4
-SCRAPE_INTERVAL_S = 3.0
 EXPORT_PATIENCE_S = 40.0
 """Ray exports every 10 s."""
-
-
-class Scraper:
-    """Polls a cluster's Prometheus endpoints while its block runs, as Prometheus would; ``found`` grows.
-
-    A gauge goes a few seconds after the process that set it, so one scrape at the end would miss the training's.
-    """
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.found: set[str] = set()
-        self._cluster = cluster
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True, name="scraper")
-
-    def __enter__(self) -> "Scraper":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def missing(self, expected: set[str], patience_s: float) -> list[str]:
-        """Those of ``expected`` that do not turn up within ``patience_s`` seconds."""
-        deadline = time.monotonic() + patience_s
-        while expected - self.found and time.monotonic() < deadline:
-            time.sleep(0.5)
-        return sorted(expected - self.found)
-
-    def _poll(self) -> None:
-        while not self._stop.wait(SCRAPE_INTERVAL_S):
-            self.found |= scrape(self._cluster)
 
 
 def adapter_to_serve(config: Config) -> str:
@@ -72,19 +36,6 @@ def adapter_to_serve(config: Config) -> str:
         raise ValueError("the config has no adapters; add one, or give serve.adapter a folder")
     better = [pair[0] for pair in config.compare if pair[0] in config.adapters]
     return folder(config, f"adapters/{(better or list(config.adapters))[0]}").uri
-
-
-def _identity(config: Config) -> Identity:
-    parents = {
-        f"adapters/{name}": manifest(config, f"adapters/{name}", ADAPTER).content_digest for name in config.adapters
-    }
-    return Identity(digest([config.serve.adapter, config.compare]), parents)
-
-
-def service_is_current(config: Config) -> bool:
-    """Whether these adapters' service was already checked."""
-    identity = _identity(config)
-    return is_current(folder(config, "service"), SERVICE, identity.config_digest, identity.parents)
 
 
 def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
@@ -104,15 +55,8 @@ def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
     print(f"metrics: {len(expected) - len(missing)} of {len(expected)} series found by a scrape", flush=True)
     if missing:
         raise RuntimeError(f"no scrape of the cluster found {', '.join(missing)}")
-    target, identity = folder(config, "service"), _identity(config)
-    files = (add_file(target, ANSWERS, json.dumps(answers, indent=1).encode()),)
-    commit(target, Manifest(SERVICE.name, SERVICE.version, identity.config_digest, identity.parents, files))
-
-
-def series_of(*rooms: str) -> set[str]:
-    """Names of the series that ``rooms`` (``train``, ``evaluation``, ``serve``) export."""
-    metrics = [metric for metric in names.ALL if metric.name.split("_")[1] in rooms]
-    return {name for metric in metrics for name in names.series(metric)}
+    target = service_target(config)
+    target.commit([add_file(target.folder, ANSWERS, json.dumps(answers, indent=1).encode())])
 
 
 def _score(config: Config, url: str) -> dict[str, Any]:
@@ -172,17 +116,3 @@ def _call(url: str, body: Mapping[str, Any] | None = None) -> Any:
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise RuntimeError(f"{url}: HTTP {error.code}: {error.read().decode()}") from error
-
-
-def scrape(cluster: Cluster) -> set[str]:
-    """Names of this project's series at the nodes' Prometheus endpoints."""
-    found: set[str] = set()
-    for target in cluster.metrics:
-        try:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
-                text = response.read().decode()
-        except OSError:  # a node that is starting or leaving; Prometheus would try again, too
-            continue
-        for family in text_string_to_metric_families(text):
-            found |= {sample.name for sample in family.samples if "reclora_" in sample.name}
-    return found

@@ -12,25 +12,10 @@ from ray.util import ActorPool
 from reclora_dist.backbone.embed import TextEncoder, reduce
 from reclora_dist.config.run import backbone_path, folder, manifest
 from reclora_dist.config.schema import Config
-from reclora_dist.contract.manifest import Manifest, add_file, commit, digest, file_entry, is_current
+from reclora_dist.config.targets import vectors_target
+from reclora_dist.contract.manifest import add_file, file_entry
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import BACKBONE, EVENTS, VECTORS
-from reclora_dist.train.stages import Identity
-
-
-def vectors_identity(config: Config) -> Identity:
-    """Config and parents of the item vectors."""
-    parents = {"events": manifest(config, "events", EVENTS).content_digest}
-    if not config.embed.path and config.backbone.kind == "tiny":
-        parents["backbone"] = manifest(config, "backbone", BACKBONE).content_digest
-    model = config.embed.path or (config.backbone.path if config.backbone.kind != "tiny" else "")
-    return Identity(digest([config.embed, model]), parents)
-
-
-def vectors_are_current(config: Config) -> bool:
-    """Whether the run holds the vectors of this config."""
-    identity = vectors_identity(config)
-    return is_current(folder(config, "vectors"), VECTORS, identity.config_digest, identity.parents)
+from reclora_dist.contract.schema import EVENTS
 
 
 class _Encoder:
@@ -47,7 +32,6 @@ class _Encoder:
 
 def embed_items(config: Config) -> None:
     """Write ``vectors/``: float32 [items + 1, dimension], unit rows, row 0 zero; PCA fitted on training items only."""
-    identity = vectors_identity(config)
     events, source = manifest(config, "events", EVENTS), folder(config, "events")
     table = read_parts(source, events.select("items/"), ["item", "text", "train_events"])
     raw = _encode(config, table.select(["item", "text"]), events.facts["items"])
@@ -57,11 +41,11 @@ def embed_items(config: Config) -> None:
     vectors = np.concatenate([np.zeros_like(unit[:1]), unit])
     buffer = io.BytesIO()
     np.save(buffer, vectors, allow_pickle=False)
-    target = folder(config, "vectors")
+    target = vectors_target(config)
     name = f"vectors-{file_entry('', buffer.getvalue()).sha256[:12]}.npy"
-    files = (add_file(target, name, buffer.getvalue()),)
+    files = [add_file(target.folder, name, buffer.getvalue())]
     facts = {"items": len(unit), "dimension": unit.shape[1]}
-    commit(target, Manifest(VECTORS.name, VECTORS.version, identity.config_digest, identity.parents, files, facts))
+    target.commit(files, facts)
 
 
 def _encode(config: Config, table: pa.Table, items: int) -> npt.NDArray[np.float32]:

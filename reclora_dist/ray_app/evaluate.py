@@ -17,9 +17,10 @@ import torch
 
 from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
-from reclora_dist.contract.manifest import FileEntry, Manifest, add_file, commit, digest, is_current, verified
+from reclora_dist.config.targets import evaluation_target
+from reclora_dist.contract.manifest import FileEntry, add_file, verified
 from reclora_dist.contract.parts import read_parts, write_part
-from reclora_dist.contract.schema import ADAPTER, CRM, EVALUATION, SHARDS, VECTORS, predictions
+from reclora_dist.contract.schema import CRM, EVALUATION, SHARDS, VECTORS, predictions
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
@@ -29,7 +30,6 @@ from reclora_dist.evaluate.report import Difference, ModelResult
 from reclora_dist.evaluate.scorer import Scorer, crm_probability
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import Meters
-from reclora_dist.train.stages import Identity
 
 SPLITS = ("validation", "test")
 RESULTS = "metrics.json"
@@ -47,47 +47,30 @@ class Scored:
     mixtures: npt.NDArray[np.float32] | None = None
 
 
-def evaluation_identity(config: Config) -> Identity:
-    """Config and parents of the evaluation."""
-    formats = {"shards": SHARDS, "crm": CRM, "vectors": VECTORS} | {
-        f"adapters/{name}": ADAPTER for name in config.adapters
-    }
-    parents = {key: manifest(config, key, value).content_digest for key, value in formats.items()}
-    return Identity(digest([config.evaluate, config.compare, list(config.adapters)]), parents)
-
-
-def evaluation_is_current(config: Config) -> bool:
-    """Whether the run holds the evaluation of this config."""
-    identity = evaluation_identity(config)
-    return is_current(folder(config, "evaluation"), EVALUATION, identity.config_digest, identity.parents)
-
-
 def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
     """Score validation and test, write ``evaluation/`` (predictions and ``metrics.json``); no choice is made here.
 
     Returns:
         Samples per second of each model on one worker.
     """
-    target, identity = folder(config, "evaluation"), evaluation_identity(config)
+    target = evaluation_target(config)
     files: list[FileEntry] = []
     results: dict[str, Any] = {"splits": {}, "all_rows": {}, "differences": []}
     rates: dict[str, float] = {}
     for split in SPLITS:
         rows = split_rows(config, split)
         scored = _score(config, rows, split)
-        files += [_write_predictions(target, split, model, rows, s) for model, s in scored.items()]
+        files += [_write_predictions(target.folder, split, model, rows, s) for model, s in scored.items()]
         results["splits"][split] = _metrics(
             config, rows, {model: s.scores for model, s in scored.items()}, split, meters
         )
         results["differences"] += list(_differences(config, rows, scored, split))
         results["all_rows"][split] = {"crm": _crm_on_all_rows(config, split)}
-        files += [
-            _write_mixtures(target, split, model, s.mixtures) for model, s in scored.items() if s.mixtures is not None
-        ]
+        mixtures = {model: s.mixtures for model, s in scored.items() if s.mixtures is not None}
+        files += [_write_mixtures(target.folder, split, model, found) for model, found in mixtures.items()]
         rates = {model: s.samples_per_second for model, s in scored.items()}
-    files.append(add_file(target, RESULTS, json.dumps(results, indent=1).encode()))
-    record = Manifest(EVALUATION.name, EVALUATION.version, identity.config_digest, identity.parents, tuple(files))
-    commit(target, record)
+    files.append(add_file(target.folder, RESULTS, json.dumps(results, indent=1).encode()))
+    target.commit(files)
     return rates
 
 

@@ -1,25 +1,27 @@
-"""The stages in order, from raw logs to a checked service; what is up to date is skipped."""
+"""The stages in order, from raw logs to a checked service; what is up to date is skipped.
+
+A stage imports what it needs when it runs: a run with nothing to do loads no model library.
+"""
 
 import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from reclora_dist.config import targets
+from reclora_dist.config.check import check_config
 from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
-from reclora_dist.contract.manifest import is_current
-from reclora_dist.contract.schema import BACKBONE
 from reclora_dist.contract.storage import Folder
-from reclora_dist.ray_app import check, embed, evaluate, summary
 from reclora_dist.ray_app.meters import RayMeters
+from reclora_dist.ray_app.scrape import Scraper, series_of
 from reclora_dist.ray_app.session import connect
 from reclora_dist.ray_app.spark import run_job
-from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.telemetry.memory import PeakMemory
 from reclora_dist.telemetry.meters import Meters, NullMeters
-from reclora_dist.train import stages
 
 STATE = "timings.json"
 
@@ -30,27 +32,32 @@ class Session:
 
     config: Config
     stack: ExitStack
-    scraper: check.Scraper | None = None
+    scraper: Scraper | None = None
     emitted: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
     meters: Meters = field(default_factory=NullMeters)
 
-    def join(self) -> check.Scraper:
+    def join(self) -> Scraper:
         """Be connected to the cluster, joined or started at the first call; returns what scrapes its metrics."""
         if self.scraper is None:
             print("ray: connecting", flush=True)
             cluster = self.stack.enter_context(connect(self.config.ray))
             self.meters = RayMeters()  # a gauge lasts as long as the object that set it
-            self.scraper = self.stack.enter_context(check.Scraper(cluster))
+            self.scraper = self.stack.enter_context(Scraper(cluster))
         return self.scraper
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline; ``run`` returns whether it did any work."""
+    """One step of the pipeline.
+
+    ``target`` is what it is to make: ``run`` is called only if it is not there. A Spark job looks for itself, so there
+    is no target, and ``run`` returns whether it had work to do.
+    """
 
     name: str
-    run: Callable[[Session], bool]
+    run: Callable[[Session], bool | None]
+    target: Callable[[Config], targets.Target] | None = None
 
 
 def run_pipeline(config: Config) -> dict[str, Any]:
@@ -62,7 +69,10 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: the config does not fit together, or a stage refuses its input.
     """
-    return summary.write_summary(config, run_stages(config, ("",)))
+    timings = run_stages(config, ("",))
+    from reclora_dist.ray_app.summary import write_summary
+
+    return write_summary(config, timings)
 
 
 def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
@@ -87,44 +97,29 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return timings
 
 
-def check_config(config: Config) -> None:
-    """Refuse a config that cannot work, before any stage starts.
-
-    Raises:
-        ValueError: names the setting, its value and the remedy.
-    """
-    known = {*config.adapters, "crm", "running_averages"}
-    for pair in config.compare:
-        for name in pair:
-            if name not in known:
-                raise ValueError(f"compare names {name!r}; there are: {', '.join(sorted(known))}")
-    if not config.synthesise and not config.events.source.path:
-        raise ValueError("events.source.path is empty; give the folder of the raw log")
-    if config.retrieval.short > config.retrieval.long:
-        raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
-    stages.check(config.crm_train, config.ray.workers, "crm_train")
-    stages.check(config.lora_train, config.ray.workers, "lora_train")
-
-
 def plan(config: Config) -> list[Stage]:
     """The stages of this config."""
     found = [Stage("synthesise", _synthesise)] if config.synthesise else []
     found.append(Stage("events", _events))
     if config.backbone.kind == "tiny":
-        found.append(Stage("backbone", _backbone))
-    found += [Stage("vectors", _vectors), Stage("histories", _histories), Stage("shards", _shards)]
-    found += [Stage("quality", _quality), Stage("crm", _crm)]
-    found += [Stage(f"adapter {name}", _adapter(name)) for name in config.adapters]
-    found.append(Stage("evaluation", _evaluation))
+        found.append(Stage("backbone", _backbone, targets.backbone_target))
+    found.append(Stage("vectors", _vectors, targets.vectors_target))
+    found += [Stage("histories", _histories), Stage("shards", _shards), Stage("quality", _quality)]
+    found.append(Stage("crm", partial(_train, stage="crm"), targets.crm_target))
+    for name in config.adapters:
+        run = partial(_train, stage="adapter", adapter=name)
+        found.append(Stage(f"adapter {name}", run, partial(targets.adapter_target, name=name)))
+    found.append(Stage("evaluation", _evaluation, targets.evaluation_target))
     if config.serve.check:
-        found.append(Stage("service", _service))
+        found.append(Stage("service", _service, targets.service_target))
     return found
 
 
 def _run_stage(stage: Stage, session: Session, timings: dict[str, Any]) -> None:
     print(f"=== {stage.name}", flush=True)
     started = time.perf_counter()
-    worked = stage.run(session)
+    current = stage.target is not None and stage.target(session.config).is_current
+    worked = not current and stage.run(session) is not False
     seconds = time.perf_counter() - started
     if worked:
         timings.setdefault("seconds", {})[stage.name] = round(seconds, 1)
@@ -144,20 +139,17 @@ def _events(session: Session) -> bool:
     return run_job(session.config, "build_events", session.config.events, {"raw": raw_path(session.config)}, "events")
 
 
-def _backbone(session: Session) -> bool:
-    identity = stages.backbone_identity(session.config)
-    if is_current(folder(session.config, "backbone"), BACKBONE, identity.config_digest, identity.parents):
-        return False
-    stages.train_backbone(session.config)
-    return True
+def _backbone(session: Session) -> None:
+    from reclora_dist.train.stages import train_backbone
+
+    train_backbone(session.config)
 
 
-def _vectors(session: Session) -> bool:
-    if embed.vectors_are_current(session.config):
-        return False
+def _vectors(session: Session) -> None:
+    from reclora_dist.ray_app.embed import embed_items
+
     session.join()
-    embed.embed_items(session.config)
-    return True
+    embed_items(session.config)
 
 
 def _histories(session: Session) -> bool:
@@ -178,47 +170,30 @@ def _quality(session: Session) -> bool:
     return run_job(config, "report_quality", config.quality, inputs, "quality")
 
 
-def _crm(session: Session) -> bool:
-    if stages.crm_is_current(session.config):
-        return False
-    _train(session, "crm")
-    return True
-
-
-def _adapter(name: str) -> Callable[[Session], bool]:
-    def run(session: Session) -> bool:
-        if stages.adapter_is_current(session.config, name):
-            return False
-        _train(session, "adapter", name)
-        return True
-
-    return run
-
-
 def _train(session: Session, stage: str, adapter: str = "") -> None:
+    from reclora_dist.ray_app.trainer import train_stage
+
     if session.config.ray.workers == 0:
         train_stage(session.config, stage, adapter)
         return
     session.join()
     train_stage(session.config, stage, adapter)
     if adapter and session.config.adapters[adapter].gate == "crm":
-        session.emitted |= check.series_of("train")  # only such an adapter sets all of them
+        session.emitted |= series_of("train")  # only such an adapter sets all of them
 
 
-def _evaluation(session: Session) -> bool:
-    if evaluate.evaluation_is_current(session.config):
-        return False
+def _evaluation(session: Session) -> None:
+    from reclora_dist.ray_app.evaluate import evaluate_run
+
     session.join()
-    session.rates.update(evaluate.evaluate_run(session.config, session.meters))
-    session.emitted |= check.series_of("evaluation")
-    return True
+    session.rates.update(evaluate_run(session.config, session.meters))
+    session.emitted |= series_of("evaluation")
 
 
-def _service(session: Session) -> bool:
-    if check.service_is_current(session.config):
-        return False
-    check.check_service(session.config, session.join(), session.emitted | check.series_of("serve"))
-    return True
+def _service(session: Session) -> None:
+    from reclora_dist.ray_app.check import check_service
+
+    check_service(session.config, session.join(), session.emitted | series_of("serve"))
 
 
 def _read_state(home: Folder) -> dict[str, Any]:

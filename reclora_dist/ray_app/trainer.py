@@ -9,6 +9,7 @@ import torch
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from reclora_dist.config.check import check_sizes
 from reclora_dist.config.schema import Config
 from reclora_dist.ray_app.meters import RayMeters
 from reclora_dist.telemetry.meters import NullMeters
@@ -28,7 +29,7 @@ def train_stage(config: Config, stage: str, adapter: str = "") -> None:
         RuntimeError: the workers failed more often than allowed.
     """
     section, sizes = ("crm_train", config.crm_train) if stage == "crm" else ("lora_train", config.lora_train)
-    stages.check(sizes, config.ray.workers, section)
+    check_sizes(sizes, config.ray.workers, section)
     if config.ray.workers == 0:
         torch.set_num_threads(config.ray.threads)
         _run(config, stage, adapter, Context())

@@ -1,8 +1,7 @@
 """What a training worker does for each stage: build, fit, save. Ray starts it; tests call it directly."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc
 
 from reclora_dist.backbone.load import load_backbone
-from reclora_dist.backbone.tiny import pretrain
 from reclora_dist.config.run import backbone_path, folder, manifest
 from reclora_dist.config.schema import Config, LoraConfig, TrainConfig
-from reclora_dist.contract.manifest import FileEntry, Manifest, add_file, commit, digest, is_current
+from reclora_dist.config.targets import Target, adapter_target, backbone_target, crm_target
+from reclora_dist.contract.manifest import FileEntry, Manifest, add_file
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import ADAPTER, BACKBONE, CRM, EVENTS, SHARDS, VECTORS
+from reclora_dist.contract.schema import CRM, EVENTS, SHARDS, VECTORS
 from reclora_dist.crm.batch import CrmBatch
 from reclora_dist.crm.build import add_crm, build_crm, load_crm, vocabulary_of
 from reclora_dist.crm.sim import CrmOutput, Sim
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
-from reclora_dist.data.corpus import corpus
 from reclora_dist.data.plan import EpochPlan, SequentialPlan, row_groups
 from reclora_dist.data.readers import read_batches
 from reclora_dist.evaluate.scorer import crm_probability, text_collator
@@ -37,68 +34,12 @@ from reclora_dist.train.engine import Engine, TorchEngine, build_optimiser, load
 from reclora_dist.train.loop import FitResult, Task, fit
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What decides whether a stage's output is up to date."""
-
-    config_digest: str
-    parents: Mapping[str, str]
-
-    @property
-    def digest(self) -> str:
-        """One digest of both."""
-        return digest([self.config_digest, dict(self.parents)])
-
-
-def crm_identity(config: Config) -> Identity:
-    """Config and parents of the CRM's training."""
-    parents = {"shards": manifest(config, "shards", SHARDS).content_digest}
-    return Identity(digest([config.crm, config.crm_train, config.ray.workers]), parents)
-
-
-def adapter_identity(config: Config, name: str) -> Identity:
-    """Config and parents of an adapter's training."""
-    formats = {"shards": SHARDS, "crm": CRM} | ({"backbone": BACKBONE} if config.backbone.kind == "tiny" else {})
-    parents = {key: manifest(config, key, value).content_digest for key, value in formats.items()}
-    own = [name, config.adapters[name], config.backbone, config.prompt, config.lora_train, config.engine]
-    return Identity(digest([*own, config.ray.workers]), parents)
-
-
-def crm_is_current(config: Config) -> bool:
-    """Whether the run holds the CRM of this config."""
-    identity = crm_identity(config)
-    return is_current(folder(config, "crm"), CRM, identity.config_digest, identity.parents)
-
-
-def adapter_is_current(config: Config, name: str) -> bool:
-    """Whether the run holds the adapter of this config."""
-    identity = adapter_identity(config, name)
-    return is_current(folder(config, f"adapters/{name}"), ADAPTER, identity.config_digest, identity.parents)
-
-
-def check(config: TrainConfig, workers: int, section: str) -> None:
-    """Refuse sizes that do not divide, before any work starts.
-
-    Raises:
-        ValueError: batch_size is no multiple of the workers, or of workers times micro_batch.
-    """
-    unit = max(1, workers) * (config.micro_batch or 1)
-    if config.batch_size % unit:
-        raise ValueError(
-            f"{section}.batch_size {config.batch_size} is not a multiple of {unit} (workers x micro_batch); "
-            f"take {config.batch_size // unit * unit or unit}"
-        )
-
-
-def backbone_identity(config: Config) -> Identity:
-    """Config and parents of the tiny backbone."""
-    events = manifest(config, "events", EVENTS).content_digest
-    return Identity(digest([config.backbone, config.prompt, config.retrieval.short]), {"events": events})
-
-
 def train_backbone(config: Config, say: Callable[[str], None] = print) -> None:
     """Train the tiny backbone on the run's item texts and training histories and save it at ``backbone/``."""
-    events, identity, tiny = manifest(config, "events", EVENTS), backbone_identity(config), config.backbone.tiny
+    from reclora_dist.backbone.tiny import pretrain  # no worker needs what these import
+    from reclora_dist.data.corpus import corpus
+
+    events, target, tiny = manifest(config, "events", EVENTS), backbone_target(config), config.backbone.tiny
     prompts = tiny.steps * tiny.batch_size
     tokenizer, texts = corpus(
         folder(config, "events"), events, config.backbone, config.prompt, config.retrieval.short, prompts
@@ -109,13 +50,12 @@ def train_backbone(config: Config, say: Callable[[str], None] = print) -> None:
         if step % every == 0:
             say(f"backbone: step {step}/{tiny.steps} loss {loss:.3f}")
 
-    target = folder(config, "backbone")
     with tempfile.TemporaryDirectory(prefix="reclora-backbone-") as scratch:
         loss = pretrain(config.backbone, tokenizer, texts, Path(scratch), progress)
         names = sorted(path.name for path in Path(scratch).iterdir())
-        files = [add_file(target, name, (Path(scratch) / name).read_bytes()) for name in names]
+        files = [add_file(target.folder, name, (Path(scratch) / name).read_bytes()) for name in names]
     facts = {"texts": len(texts), "loss": round(loss, 4), "vocabulary": len(tokenizer)}
-    commit(target, _manifest(BACKBONE.name, BACKBONE.version, identity, files, facts))
+    target.commit(files, facts)
 
 
 def train_crm(config: Config, context: Context) -> None:
@@ -124,8 +64,8 @@ def train_crm(config: Config, context: Context) -> None:
     items = read_parts(folder(config, "events"), events.select("items/"), ["item", "fields"])
     torch.manual_seed(config.crm_train.seed)
     model = build_crm(config.crm, events.facts, items)
-    identity = crm_identity(config)
-    store = _store(config, "crm", identity)
+    target = crm_target(config)
+    store = _store(config, "crm", target)
     resume = store.latest()
     if resume:
         load_parameters(model, resume.state)
@@ -136,9 +76,7 @@ def train_crm(config: Config, context: Context) -> None:
     result = fit(task, config.crm_train, context, store, resume)
     if context.leads:
         load_parameters(model, result.parameters)
-        target = folder(config, "crm")
-        files = add_crm(target, model, vocabulary_of(events.facts))
-        commit(target, _manifest(CRM.name, CRM.version, identity, files, _facts(result)))
+        target.commit(add_crm(target.folder, model, vocabulary_of(events.facts)), _facts(result))
         store.clear()
 
 
@@ -149,8 +87,8 @@ def train_adapter(config: Config, name: str, context: Context) -> None:
     crm_folder, crm_manifest = folder(config, "crm"), manifest(config, "crm", CRM)
     adapter = adapter_config(config, name)
     model = build_model(config, lora, load_crm(crm_folder, crm_manifest)).to(context.device)
-    identity = adapter_identity(config, name)
-    store = _store(config, name, identity)
+    target = adapter_target(config, name)
+    store = _store(config, name, target)
     resume = store.latest()
     if resume:
         load_parameters(model, resume.state)
@@ -168,10 +106,9 @@ def train_adapter(config: Config, name: str, context: Context) -> None:
     )
     result = fit(task, config.lora_train, context, store, resume)
     if context.leads:
-        origin = AdapterIdentity(identity.config_digest, identity.parents)
+        origin = AdapterIdentity(target.config_digest, target.parents)
         weights = {key.partition("/")[2]: value for key, value in result.parameters.items()}
-        target = folder(config, f"adapters/{name}")
-        save_adapter(target, adapter, weights, (crm_folder, crm_manifest), origin, _facts(result))
+        save_adapter(target.folder, adapter, weights, (crm_folder, crm_manifest), origin, _facts(result))
         store.clear()
 
 
@@ -261,6 +198,8 @@ class _Data:
 
     def auc(self, engine: Engine, score: Callable[[torch.nn.Module, Any], Tensor]) -> float:
         """AUC on the validation split, the same number on every rank."""
+        from torchmetrics.functional.classification import binary_auroc  # two seconds, which a resumed end saves
+
         model = engine.model
         model.eval()  # returns nothing in DeepSpeed
         plans = [self._sequential(rank) for rank in range(self.context.world)]
@@ -308,12 +247,8 @@ def _engine(config: Config, model: RecLora, context: Context) -> Engine:
     return DeepSpeedEngine(model, optimiser, text_loss, config.lora_train, config.engine, context, bfloat16)
 
 
-def _store(config: Config, stage: str, identity: Identity) -> CheckpointStore:
-    return CheckpointStore(folder(config, f"checkpoints/{stage}/{identity.digest[:12]}"), identity.digest)
-
-
-def _manifest(name: str, version: int, identity: Identity, files: list[FileEntry], facts: dict[str, Any]) -> Manifest:
-    return Manifest(name, version, identity.config_digest, dict(identity.parents), tuple(files), facts)
+def _store(config: Config, stage: str, target: Target) -> CheckpointStore:
+    return CheckpointStore(folder(config, f"checkpoints/{stage}/{target.digest[:12]}"), target.digest)
 
 
 def _facts(result: FitResult) -> dict[str, Any]:

@@ -14,14 +14,14 @@ import pytest
 from sample_data import small_config
 
 from reclora_dist.config.schema import Config, RayConfig
+from reclora_dist.config.targets import adapter_target, crm_target
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import ADAPTER, CRM
 from reclora_dist.contract.storage import Folder
-from reclora_dist.ray_app.check import scrape
+from reclora_dist.ray_app.scrape import scrape
 from reclora_dist.ray_app.session import Cluster, connect
 from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.telemetry import names
-from reclora_dist.train import stages
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(workers=2, object_store_mib=100)
@@ -50,11 +50,11 @@ def crm_digest(run: Path) -> str:
 
 def test_a_crm_and_an_adapter_train_on_two_workers_and_are_seen_in_the_metrics(cluster: Cluster, run: Path) -> None:
     settings = config(run)
-    assert not stages.crm_is_current(settings), "the prepared one was trained without workers"
+    assert not crm_target(settings).is_current, "the prepared one was trained without workers"
     train_stage(settings, "crm")
-    assert stages.crm_is_current(settings)
+    assert crm_target(settings).is_current
     train_stage(settings, "adapter", "reclora")
-    assert stages.adapter_is_current(settings, "reclora")
+    assert adapter_target(settings, "reclora").is_current
     facts = read_manifest(Folder(str(run / "adapters" / "reclora")), ADAPTER).facts
     assert facts["steps"] == facts["best_step"] > 5
     assert 0 < facts["validation_auc"] < 1

@@ -8,9 +8,10 @@ import pytest
 
 from reclora_dist.cli import train
 from reclora_dist.cli.compose import CONFIGS, lenient, load
+from reclora_dist.config.check import check_config
 from reclora_dist.config.load import ConfigError
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TinyConfig
-from reclora_dist.ray_app.pipeline import check_config, plan
+from reclora_dist.ray_app.pipeline import plan
 
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}" for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS

@@ -13,6 +13,7 @@ import torch
 from sample_data import small_config, write_run
 from torch import Tensor, nn
 
+from reclora_dist.config.check import check_sizes
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TrainConfig
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import ADAPTER, CRM
@@ -262,9 +263,9 @@ def test_banks_and_gates_have_learning_rates_of_their_own(prepared: Path) -> Non
 )
 def test_sizes_that_do_not_divide_are_refused(train: TrainConfig, workers: int, words: str) -> None:
     with pytest.raises(ValueError, match=f"lora_train.{words}"):
-        stages.check(train, workers, "lora_train")
-    stages.check(TrainConfig(batch_size=64, micro_batch=16), 2, "lora_train")
-    stages.check(TrainConfig(batch_size=7), 0, "lora_train")
+        check_sizes(train, workers, "lora_train")
+    check_sizes(TrainConfig(batch_size=64, micro_batch=16), 2, "lora_train")
+    check_sizes(TrainConfig(batch_size=7), 0, "lora_train")
 
 
 def test_one_label_in_validation_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

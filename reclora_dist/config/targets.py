@@ -1,0 +1,92 @@
+"""What each stage of a run is to make: where, from which configuration and datasets, and whether it is there already.
+
+Light on purpose: a run that has nothing to do asks here, and imports no model library.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reclora_dist.config.run import folder, manifest
+from reclora_dist.config.schema import Config
+from reclora_dist.contract.manifest import FileEntry, Format, Manifest, commit, digest, is_current
+from reclora_dist.contract.schema import ADAPTER, BACKBONE, CRM, EVALUATION, EVENTS, SERVICE, SHARDS, VECTORS
+from reclora_dist.contract.storage import Folder
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output of a stage, under this configuration and made from these parents."""
+
+    folder: Folder
+    format: Format
+    config_digest: str
+    parents: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """One digest of configuration and parents."""
+        return digest([self.config_digest, dict(self.parents)])
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is there."""
+        return is_current(self.folder, self.format, self.config_digest, self.parents)
+
+    def commit(self, files: Sequence[FileEntry], facts: Mapping[str, Any] | None = None) -> Manifest:
+        """Publish the files that were written to the folder."""
+        form = self.format
+        return commit(
+            self.folder,
+            Manifest(form.name, form.version, self.config_digest, self.parents, tuple(files), dict(facts or {})),
+        )
+
+
+def backbone_target(config: Config) -> Target:
+    """The tiny backbone."""
+    parents = _digests(config, {"events": EVENTS})
+    used = digest([config.backbone, config.prompt, config.retrieval.short])
+    return Target(folder(config, "backbone"), BACKBONE, used, parents)
+
+
+def vectors_target(config: Config) -> Target:
+    """The item vectors."""
+    tiny = config.backbone.kind == "tiny"
+    parents = {"events": EVENTS} | ({"backbone": BACKBONE} if tiny and not config.embed.path else {})
+    model = config.embed.path or ("" if tiny else config.backbone.path)
+    return Target(folder(config, "vectors"), VECTORS, digest([config.embed, model]), _digests(config, parents))
+
+
+def crm_target(config: Config) -> Target:
+    """The trained CRM."""
+    used = digest([config.crm, config.crm_train, config.ray.workers])
+    return Target(folder(config, "crm"), CRM, used, _digests(config, {"shards": SHARDS}))
+
+
+def adapter_target(config: Config, name: str) -> Target:
+    """The trained adapter ``name``."""
+    parents = {"shards": SHARDS, "crm": CRM} | ({"backbone": BACKBONE} if config.backbone.kind == "tiny" else {})
+    own = [name, config.adapters[name], config.backbone, config.prompt, config.lora_train, config.engine]
+    used = digest([*own, config.ray.workers])
+    return Target(folder(config, f"adapters/{name}"), ADAPTER, used, _digests(config, parents))
+
+
+def evaluation_target(config: Config) -> Target:
+    """The evaluation of all models."""
+    parents = {"shards": SHARDS, "crm": CRM, "vectors": VECTORS} | _adapters(config)
+    used = digest([config.evaluate, config.compare, list(config.adapters)])
+    return Target(folder(config, "evaluation"), EVALUATION, used, _digests(config, parents))
+
+
+def service_target(config: Config) -> Target:
+    """The checked service of these adapters."""
+    used = digest([config.serve.adapter, config.compare])
+    return Target(folder(config, "service"), SERVICE, used, _digests(config, _adapters(config)))
+
+
+def _adapters(config: Config) -> dict[str, Format]:
+    return {f"adapters/{name}": ADAPTER for name in config.adapters}
+
+
+def _digests(config: Config, formats: Mapping[str, Format]) -> dict[str, str]:
+    return {name: manifest(config, name, form).content_digest for name, form in formats.items()}
