@@ -12,6 +12,7 @@ if not __package__:  # spark-submit runs this file by its path
 from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.days import before, check_days, check_follows
 from spark_jobs.privacy import read_privacy
 from spark_jobs.sources.layout import fingerprint
 from spark_jobs.stage import Inputs, Job, Output, main
@@ -28,14 +29,17 @@ def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]
     Raises:
         ValueError: no path is given, or a file is missing there, or there is no key that can be used.
     """
+    check_days(config)
     folder = inputs.folders.get("raw", Folder(config.source.path))
     if not folder.uri:
         raise ValueError("where is the raw log? Give --raw, or set source.path")
     privacy = read_privacy(config.privacy, config.source.user)
-    parents = {"raw": privacy.fingerprint(fingerprint(config.source, folder))}
+    parents = {**inputs.parents, "raw": privacy.fingerprint(fingerprint(config.source, folder))}
+    if "previous" in inputs.folders:
+        check_follows(config, before(inputs.folders["previous"], inputs.manifests["previous"]))
     source, settings = replace(config.source, path=""), replace(config.privacy, key_file="", delete="")
     return replace(config, source=source, privacy=settings), replace(
-        inputs, folders={"raw": folder.absolute()}, parents=parents, privacy=privacy
+        inputs, folders={**inputs.folders, "raw": folder.absolute()}, parents=parents, privacy=privacy
     )
 
 
@@ -43,7 +47,9 @@ def run(spark: "SparkSession", config: EventsConfig, inputs: Inputs, out: Folder
     """Build the events dataset in ``out`` (see ``transforms.events``)."""
     from spark_jobs.transforms.events import build
 
-    return build(spark, config, inputs.folders["raw"], out, inputs.privacy)
+    there = "previous" in inputs.folders
+    earlier = before(inputs.folders["previous"], inputs.manifests["previous"]) if there else None
+    return build(spark, config, inputs.folders["raw"], out, inputs.privacy, earlier)
 
 
 JOB = Job(
@@ -52,8 +58,12 @@ JOB = Job(
     config=EventsConfig,
     output=EVENTS,
     run=run,
-    inputs={"raw": "folder of the raw log (default: the setting source.path)"},
-    optional=frozenset({"raw"}),
+    inputs={
+        "raw": "folder of the raw log (default: the setting source.path)",
+        "previous": "split=dates: folder of the events of the days before, which this build goes on from",
+    },
+    optional=frozenset({"raw", "previous"}),
+    formats={"previous": EVENTS},
     prepare=prepare,
 )
 

@@ -26,7 +26,8 @@ class JobMetrics:
 
     def record(self, manifest: Manifest, seconds: float) -> None:
         """Set every gauge from the manifest of the job's result."""
-        for table in sorted({entry.path.rpartition("/")[0] for entry in manifest.files if "/" in entry.path}):
+        folders = {entry.path.rpartition("/")[0] for entry in manifest.files if "/" in entry.path}
+        for table in sorted({folder.partition("/day=")[0] for folder in folders}):  # a label per day would never end
             self._rows.labels(job=self._job, table=table).set(manifest.rows(f"{table}/"))
         for reason, rows in manifest.facts.get("quarantine", {}).items():
             self._quarantined.labels(job=self._job, reason=reason).set(rows)

@@ -108,12 +108,12 @@ def _read(folder: Folder, entries: list[FileEntry], schema: pa.Schema, index: in
 def _write(
     folder: Folder, prefix: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    for part, table in _by_part(batches):
+    for part, table in by_part(batches):
         whole = table.select(schema.names).cast(schema)
         yield entry_batch([write_part(folder, prefix, part, whole, ROWS_PER_GROUP)])
 
 
-def _by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
+def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
     """Group sorted batches by their column ``part``, holding one part at a time."""
     held: list[pa.RecordBatch] = []
     for batch in batches:

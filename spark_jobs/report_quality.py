@@ -33,6 +33,11 @@ def check(config: QualityConfig, inputs: Inputs) -> tuple[QualityConfig, Inputs]
         ContractError: the shards were made from another events dataset.
     """
     check_limits(config)
+    if inputs.manifests["events"].facts.get("previous"):
+        raise ContractError(
+            f"{inputs.folders['events'].uri!r} goes on from another dataset (--previous), so these shards hold more "
+            "than its events: there is no report of them yet. Report on a build of all days."
+        )
     made_from = inputs.manifests["shards"].parents.get("events", "")
     if made_from != inputs.parents["events"]:
         raise ContractError(

@@ -15,11 +15,13 @@ import pyarrow.compute as pc
 from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract.manifest import ContractError
 from reclora_dist.contract.parts import Rows, write_part
+from reclora_dist.contract.runs import Run
 from reclora_dist.contract.schema import EVENTS, HISTORIES, SPLITS, STATISTICS, VECTORS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.days import previous_of
 from spark_jobs.stage import Inputs, Job, Output, main, say
 from spark_jobs.transforms import tasks as tasks_of
-from spark_jobs.transforms.histories import histories
+from spark_jobs.transforms.histories import histories, with_state
 from spark_jobs.transforms.tasks import Task
 from spark_jobs.transforms.vectors import COMPARES_VECTORS, SharedSimilarity, share
 
@@ -46,12 +48,19 @@ def check(config: RetrievalConfig, inputs: Inputs) -> tuple[RetrievalConfig, Inp
             f"long = {config.long}, short = {config.short}, candidates = {config.candidates} and block = "
             f"{config.block} must be at least 1"
         )
+    kept = inputs.manifests["events"].facts.get("keep", config.candidates)
+    if config.candidates > kept:
+        raise ValueError(
+            f"candidates = {config.candidates:,}, but these events were built by days that keep the newest {kept:,} of "
+            "a user: lower candidates, or build again from the first day with a larger keep"
+        )
     if config.bits < 1 or config.bits % 64:
         raise ValueError(f"bits = {config.bits} must be a multiple of 64")
     if config.strategy in COMPARES_VECTORS and "vectors" not in inputs.folders:
         raise ValueError(f"strategy = {config.strategy} compares item vectors: give --vectors, or set strategy=recent")
     made_from = inputs.manifests["vectors"].parents.get("events") if "vectors" in inputs.manifests else None
-    if made_from is not None and made_from != inputs.parents["events"]:
+    ancestors = inputs.manifests["events"].facts.get("ancestors", [])
+    if made_from is not None and made_from not in (inputs.parents["events"], *ancestors):
         raise ContractError(
             f"{inputs.folders['vectors'].uri!r} was made from events {made_from[:12]}…, not from these "
             f"({inputs.parents['events'][:12]}…). Run `embed` on these events."
@@ -64,10 +73,13 @@ def run(spark: "SparkSession", config: RetrievalConfig, inputs: Inputs, out: Fol
     from spark_jobs.parts import each_part, entries_of
 
     events = inputs.manifests["events"]
+    earlier = previous_of(inputs.folders["events"], events)
     shared = share(spark, config, inputs.folders, inputs.manifests)
     entries = events.select("events/")
     tasks = tasks_of.plan(spark, inputs.folders["events"], entries, config.candidates)
-    job = Retrieval(Rows(inputs.folders["events"], entries), tasks, shared, config, events.facts["min_history"], out)
+    state = tuple(earlier.runs["state"]) if earlier else ()
+    rows = Rows(inputs.folders["events"], entries)
+    job = Retrieval(rows, tasks, shared, config, events.facts["min_history"], out, state, events.facts.get("keep", 0))
     written = each_part(spark, len(tasks), job.write, RESULT).collect()
     counts = {split: sum(row[split] for row in written) for split in SPLITS}
     say("retrieve_history", ", ".join(f"{split} {rows:,}" for split, rows in counts.items()) + f", {config.strategy}")
@@ -85,13 +97,17 @@ class Retrieval:
     config: RetrievalConfig
     min_history: int
     out: Folder
+    state: Sequence[Run]
+    keep: int
 
     def write(self, number: int) -> Iterator[pa.RecordBatch]:
         """Do task ``number``: one row of the schema RESULT, none if the task has no sample."""
         from spark_jobs.parts import entry_batch
 
-        events, first = tasks_of.read_with_past(self.log, self.tasks[number], self.config.candidates, COLUMNS)
-        found = histories(events, self.shared.open(), self.config, self.min_history, first)
+        events, own = tasks_of.read_with_past(self.log, self.tasks[number], self.config.candidates, COLUMNS)
+        similarity = self.shared.open()
+        pieces = with_state(events, own, self.state, self.keep) if self.state else [(events, own)]
+        found = pa.concat_tables(histories(*piece, similarity, self.config, self.min_history) for piece in pieces)
         if found.num_rows == 0:
             return
         batch = entry_batch([write_part(self.out, "histories/", number, found, ROWS_PER_GROUP)])

@@ -59,7 +59,7 @@ def _write_events(folder: Folder, table: pa.Table, users: int, items: int, topic
             pa.array([f"{TOPICS[t]} record {n}" for n, t in enumerate(topics, 1)]),
             pa.array([f"A {TOPICS[t]} record, number {n}." for n, t in enumerate(topics, 1)]),
             _fixed(topics[:, None] + 1, pa.int32()),
-            pa.array([1] * items, pa.int64()),
+            *[pa.array([1] * items, pa.int64())] * 3,
         ],
         schema=schema.items(1),
     )
@@ -68,7 +68,6 @@ def _write_events(folder: Folder, table: pa.Table, users: int, items: int, topic
             pa.array(range(1, users + 1), pa.int32()),
             pa.array([f"u{n}" for n in range(1, users + 1)]),
             _fixed(user_fields, pa.int32()),
-            pa.array([1] * users, pa.int64()),
         ],
         schema=schema.users(1),
     )
@@ -89,6 +88,7 @@ def _write_events(folder: Folder, table: pa.Table, users: int, items: int, topic
         "split": "global_time",
         "users": users,
         "items": items,
+        "first_users": [1],
     }
     return _commit(folder, schema.EVENTS, files, facts, {})
 

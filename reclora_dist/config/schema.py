@@ -56,6 +56,10 @@ class SourceConfig(Section):
     path: str = knob("", "folder or URI of the raw log")
     format: Literal["csv", "json", "parquet"] = knob("parquet", "file format of a `columns` source")
     events: str = knob("events", "events file or folder, below path")
+    days: tuple[str, str] = knob(
+        ("", ""),
+        "first and last day to read (YYYY-MM-DD) of events that lie in folders date=YYYY-MM-DD; empty: all there is",
+    )
     items: str = knob("items", "items file or folder, below path; empty: items have only their id")
     users: str = knob("", "users file or folder, below path; empty: users have only their id")
     user: str = knob("user_id", "user id column (events and users)")
@@ -87,8 +91,13 @@ class EventsConfig(Section):
     rating_levels: tuple[float, ...] = knob((), "the rating scale; empty: the distinct ratings found (64 at most)")
     k_core: int = knob(5, "keep users and items with at least this many events, repeatedly; 0: keep all")
     min_history: int = knob(5, "an event with fewer earlier events of its user is history, never a sample")
-    split: Literal["global_time", "per_user"] = knob(
-        "global_time", "cut all samples at two moments, or each user's samples at two places"
+    split: Literal["global_time", "per_user", "dates"] = knob(
+        "global_time",
+        "cut all samples at two moments, each user's samples at two places, or all at cut_dates (days can be added)",
+    )
+    cut_dates: tuple[str, str] = knob(("", ""), "split=dates: first day of validation, and of test (YYYY-MM-DD)")
+    keep: int = knob(
+        10_000, "split=dates: newest events of a user that later days may look back on; at least retrieval.candidates"
     )
     fractions: tuple[float, float, float] = knob((0.8, 0.1, 0.1), "shares of training, validation and test samples")
     max_quarantined: float = knob(0.5, "fail if more than this share of the rows is bad")
@@ -125,6 +134,7 @@ class ShardsConfig(Section):
     text_validation: float = knob(2000, "language-model validation samples: a share or a number")
     text_test: float = knob(4000, "language-model test samples: a share or a number")
     seed: int = knob(0, "seed of the row order and of the text samples")
+    add: bool = knob(False, "events built by days: keep the shards of earlier days that lie in the output folder")
 
     @property
     def text(self) -> dict[str, float]:

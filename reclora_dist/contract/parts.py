@@ -56,6 +56,11 @@ class Rows:
         """All rows."""
         return self._first[-1]
 
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return len(self._entries)
+
     def range_of(self, part: int) -> range:
         """The numbers of the rows of the ``part``-th part."""
         return range(self._first[part], self._first[part + 1])

@@ -11,7 +11,7 @@ import pyarrow as pa
 from reclora_dist.contract.manifest import Format
 
 RAW = Format("reclora.raw", 1)
-EVENTS = Format("reclora.events", 2)
+EVENTS = Format("reclora.events", 3)
 BACKBONE = Format("reclora.backbone", 1)
 VECTORS = Format("reclora.vectors", 2)
 HISTORIES = Format("reclora.histories", 2)
@@ -76,6 +76,8 @@ def items(fields: int) -> pa.Schema:
             pa.field("text", pa.string(), nullable=False),
             pa.field("fields", _positions(fields), nullable=False),
             pa.field("train_events", pa.int64(), nullable=False),
+            pa.field("events", pa.int64(), nullable=False),
+            pa.field("likes", pa.int64(), nullable=False),
         ]
     )
 
@@ -87,10 +89,25 @@ def users(fields: int) -> pa.Schema:
             pa.field("user", pa.int32(), nullable=False),
             pa.field("user_id", pa.string(), nullable=False),
             pa.field("fields", _positions(fields), nullable=False),
-            pa.field("train_events", pa.int64(), nullable=False),
         ]
     )
 
+
+vocabulary = pa.schema([("key", pa.int64()), ("user_id", pa.string()), ("user", pa.int64())])
+"""Who has which position, in order of ``key``, Spark's xxhash64 of the id."""
+
+state = pa.schema(
+    [
+        ("user", pa.int64()),
+        ("events", pa.int64()),
+        ("likes", pa.int64()),
+        ("fields", pa.list_(pa.int32())),
+        ("items", pa.list_(pa.int32())),
+        ("times", pa.list_(pa.int64())),
+        ("levels", pa.list_(pa.int8())),
+    ]
+)
+"""What is known of a user at the end of a day: all events and likes counted, and the newest events, oldest first."""
 
 _statistics = pa.field("statistics", pa.list_(pa.float32(), len(STATISTICS)), nullable=False)
 

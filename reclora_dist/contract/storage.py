@@ -47,6 +47,11 @@ class Folder:
         scheme, separator, path = self.uri.rpartition("://")
         return Folder(scheme + separator + posixpath.normpath(posixpath.join(path, uri)))
 
+    def relative(self, other: "Folder") -> str:
+        """How ``resolve`` finds ``other`` from here: relative to this folder where both are beside each other."""
+        here, there = posixpath.dirname(self.uri.rstrip("/")), posixpath.dirname(other.uri.rstrip("/"))
+        return f"../{posixpath.basename(other.uri.rstrip('/'))}" if here == there else other.uri
+
     def exists(self, name: str) -> bool:
         """Whether a file or folder of that name is there."""
         return bool(self.fs.exists(self.path(name)))

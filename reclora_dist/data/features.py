@@ -144,6 +144,11 @@ class FeatureStore:
             ContractError: a dataset is missing, damaged, of another version, or the two do not belong together.
         """
         manifest = read_manifest(events, EVENTS)
+        if manifest.facts.get("previous"):
+            raise ContractError(
+                f"{events.uri!r} holds the events of {' to '.join(manifest.facts['days'])} and goes on from another "
+                "dataset: the service needs all of them in one. Build the events of all days without --previous."
+            )
         items = read_parts(events, manifest.select("items/"), ["item", "item_id", "title"])
         users = read_parts(events, manifest.select("users/"), ["user", "user_id", "fields"])
         log = _read_log(events, manifest, users.num_rows)

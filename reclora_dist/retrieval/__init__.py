@@ -6,6 +6,7 @@ Spark jobs and the service both call this, so a history is the same in training 
 from reclora_dist.retrieval.nearest import Past, retrieve
 from reclora_dist.retrieval.similarity import (
     Category,
+    Known,
     Random,
     Semantic,
     SimHash,
@@ -17,6 +18,7 @@ from reclora_dist.retrieval.similarity import (
 
 __all__ = [
     "Category",
+    "Known",
     "Past",
     "Random",
     "Semantic",

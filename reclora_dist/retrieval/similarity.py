@@ -61,6 +61,19 @@ class SimHash:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Scores that know the items up to ``items`` only: later ones count as the padding, whose vector is zero."""
+
+    similarity: Similarity
+    items: int
+
+    def __call__(self, targets: NDArray[Any], events: NDArray[Any], places: NDArray[Any]) -> NDArray[np.float32]:
+        """See Similarity."""
+        wanted, seen = (np.where(items > self.items, 0, items) for items in (targets, events))
+        return self.similarity(wanted, seen, places)
+
+
+@dataclass(frozen=True)
 class Category:
     """Events of the target's category only (SIM's hard search, arXiv 2006.05639), newest first: int32 [items + 1]."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -11,19 +11,25 @@ from reclora_dist.config.schema import SourceConfig
 from reclora_dist.contract.manifest import MANIFEST, read_manifest
 from reclora_dist.contract.schema import RAW
 from reclora_dist.contract.storage import Folder
+from spark_jobs.days import MS_PER_DAY
 from spark_jobs.parts import read_parts
+from spark_jobs.quality import LATE_EVENT
+from spark_jobs.sources.layout import event_folders
 from spark_jobs.sources.raw import (
     CORRUPT,
     PLACE,
     RawLog,
     delimited,
     events_of,
+    milliseconds,
     placed,
     spark_path,
     table_of,
     with_corrupt,
 )
 from spark_jobs.sources.uniform import check_uniform
+
+DELIVERED = "_delivered"
 
 _TEXT = (T.StringType, T.IntegralType, T.DecimalType)
 _NUMBER = (T.StringType, T.NumericType, T.BooleanType)
@@ -41,12 +47,13 @@ def columns(spark: SparkSession, folder: Folder, source: SourceConfig) -> RawLog
     kinds = {"source.user": _TEXT, "source.item": _TEXT, "source.rating": _NUMBER, "source.time": _MOMENT}
     if source.time:
         needed["source.time"] = source.time
-    frame = _table(spark, folder, source, source.events, list(needed.values()))
+    frame = _events(spark, folder, source, list(needed.values()))
     for key, name in needed.items():
         _check(frame, folder, source.events, key, name, kinds[key])
     if isinstance(frame.schema[source.rating].dataType, T.BooleanType):
         frame = frame.withColumn(source.rating, F.col(f"`{source.rating}`").cast("int"))
-    events = events_of(frame, source.user, source.item, source.rating, source.time, source.time_unit)
+    late = _late(frame, source) if any(source.days) else None
+    events = events_of(frame, source.user, source.item, source.rating, source.time, source.time_unit, late)
     items = _profile(spark, folder, source, source.items, "item")
     users = _profile(spark, folder, source, source.users, "user")
     fields = source.item_fields if items is not None else (), source.user_fields if users is not None else ()
@@ -71,36 +78,62 @@ def _profile(spark: SparkSession, folder: Folder, source: SourceConfig, name: st
     return table_of(frame, dict(wanted))
 
 
-def _table(spark: SparkSession, folder: Folder, source: SourceConfig, name: str, used: Sequence[str]) -> DataFrame:
+def _events(spark: SparkSession, folder: Folder, source: SourceConfig, used: Sequence[str]) -> DataFrame:
+    """The events, under source.days with their folder's day as the column DELIVERED."""
+    frame = _table(spark, folder, source, source.events, used, event_folders(source))
+    if not any(source.days) or DELIVERED in frame.columns:
+        return frame
+    return frame.withColumn(DELIVERED, F.regexp_extract(F.col(PLACE)["file"], r"date=(\d{4}-\d\d-\d\d)", 1))
+
+
+def _late(frame: DataFrame, source: SourceConfig) -> Column:
+    """The fault of an event that did not happen on the day it came with (UTC)."""
+    moment = milliseconds(source.time, frame.schema[source.time].dataType, source.time_unit)
+    day = F.floor(moment / MS_PER_DAY)
+    return F.when(day != F.unix_date(F.to_date(DELIVERED)), F.lit(LATE_EVENT))
+
+
+def _table(
+    spark: SparkSession, folder: Folder, source: SourceConfig, name: str, used: Sequence[str],
+    places: Sequence[str] = (),
+) -> DataFrame:  # fmt: skip
+    """The table ``name``, or those of its sub-folders that ``places`` names."""
+    places = places or [name]
     if folder.exists(MANIFEST):
-        return _own(spark, folder, name)
-    path = spark_path(folder, name)
+        return _own(spark, folder, name, places)
+    paths = [spark_path(folder, place) for place in places]
     if source.format == "parquet":
-        check_uniform(spark, folder, name, used)
-        return placed(spark.read.parquet(path))
+        for place in places:
+            check_uniform(spark, folder, place, used)
+        return placed(spark.read.parquet(*paths))
     if source.format == "json":
         reader = spark.read.option("primitivesAsString", True).option("columnNameOfCorruptRecord", CORRUPT)
-        return placed(reader.json(path))
-    header = spark.read.option("header", True).option("escape", '"').csv(path).columns
-    return delimited(spark, [path], header, {"header": True, "quote": '"', "escape": '"', "enforceSchema": False})
+        return placed(reader.json(paths))
+    header = spark.read.option("header", True).option("escape", '"').csv(paths[0]).columns
+    return delimited(spark, paths, header, {"header": True, "quote": '"', "escape": '"', "enforceSchema": False})
 
 
-def _own(spark: SparkSession, folder: Folder, name: str) -> DataFrame:
+def _own(spark: SparkSession, folder: Folder, name: str, places: Sequence[str]) -> DataFrame:
     """A table of a dataset of ours (``synthesise`` writes one): its parts are named and proved by a manifest."""
-    entries = read_manifest(folder, RAW).select(f"{name}/")
+    manifest = read_manifest(folder, RAW)
+    entries = [entry for place in places for entry in manifest.select(f"{place}/")]
     if not entries:
         raise ValueError(f"{folder.uri!r} has no table {name!r} in its {MANIFEST}; set source.events, items and users")
     with folder.open(entries[0].path) as file:
         schema = pq.read_schema(file)
     # Parts are read one per partition, in path order, so the row number alone orders them.
     place = F.struct(F.lit("").alias("file"), F.lit(0).alias("block"), F.monotonically_increasing_id().alias("row"))
-    return with_corrupt(read_parts(spark, folder, entries, schema).withColumn(PLACE, place))
+    frame = with_corrupt(read_parts(spark, folder, entries, schema).withColumn(PLACE, place))
+    if len(places) > 1 or places[0] != name:
+        days = F.array(*[F.lit(entry.path.split("date=")[1].split("/")[0]) for entry in entries])
+        frame = frame.withColumn(DELIVERED, F.element_at(days, F.spark_partition_id() + 1))
+    return frame
 
 
 def _check(
     frame: DataFrame, folder: Folder, table: str, key: str, name: str, kinds: Sequence[type[T.DataType]]
 ) -> None:
-    there = [column for column in frame.columns if column not in (CORRUPT, PLACE)]
+    there = [column for column in frame.columns if column not in (CORRUPT, PLACE, DELIVERED)]
     if name not in there:
         raise ValueError(
             f"{table!r} in {folder.uri!r} has no column {name!r}; there are: {', '.join(there)}. "

@@ -7,6 +7,7 @@ from reclora_dist.config.schema import SourceConfig
 from reclora_dist.contract.manifest import MANIFEST, digest, read_manifest
 from reclora_dist.contract.schema import RAW
 from reclora_dist.contract.storage import Folder
+from spark_jobs.days import days_between
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,19 @@ def tables(source: SourceConfig, folder: Folder) -> list[str]:
         _require(source, folder, names or ["*.csv"])
         return names
     if source.kind == "columns":
-        names = [name for name in (source.events, source.items, source.users) if name]
+        names = [name for name in (*event_folders(source), source.items, source.users) if name]
         _require(source, folder, names)
         return names
     layout = LAYOUTS[source.kind]
     _require(source, folder, list(layout.required))
     return [*layout.required, *(name for name in layout.optional if folder.exists(name))]
+
+
+def event_folders(source: SourceConfig) -> list[str]:
+    """Where the events of a `columns` log lie: one place, or a folder for each day."""
+    if not any(source.days):
+        return [source.events]
+    return [f"{source.events}/date={day}" for day in days_between(*source.days)]
 
 
 def fingerprint(source: SourceConfig, folder: Folder) -> str:
@@ -52,7 +60,9 @@ def fingerprint(source: SourceConfig, folder: Folder) -> str:
     """
     names = tables(source, folder)
     if folder.exists(MANIFEST):
-        return read_manifest(folder, RAW).content_digest
+        manifest = read_manifest(folder, RAW)
+        parts = [entry for name in names for entry in manifest.select(f"{name}/")]
+        return digest([[entry.path, entry.sha256] for entry in parts]) if any(source.days) else manifest.content_digest
     files = [file for name in names for file in folder.files(name)]
     return digest([[file, _version(folder.fs.info(folder.path(file)))] for file in files])
 

@@ -11,7 +11,8 @@ from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import FileEntry
 from reclora_dist.contract.storage import Folder
-from spark_jobs.parts import ROWS_PER_PART, part_of, write_parts
+from spark_jobs.days import Before
+from spark_jobs.parts import part_of, write_parts
 from spark_jobs.privacy import Privacy
 from spark_jobs.quality import DELETED, ITEM_WITHOUT_TITLE, check_share
 from spark_jobs.sources.open import open_log
@@ -19,14 +20,18 @@ from spark_jobs.sources.raw import PLACE, RawLog
 from spark_jobs.stage import Output, say
 from spark_jobs.transforms import clean
 from spark_jobs.transforms.core import k_core
-from spark_jobs.transforms.fields import categories, with_fields, worded
-from spark_jobs.transforms.positions import ordered, parted, positions
+from spark_jobs.transforms.fields import worded
+from spark_jobs.transforms.kept import forgotten, keep
+from spark_jobs.transforms.numbers import BASE, Numbers, continued, numbered
+from spark_jobs.transforms.positions import ordered, parted
 from spark_jobs.transforms.private import private
-from spark_jobs.transforms.ranks import Ranked, with_rank
+from spark_jobs.transforms.profiles import Profiles
+from spark_jobs.transforms.ranks import with_rank
 from spark_jobs.transforms.running import sliced, unsliced
 from spark_jobs.transforms.settle import joinable, settle
 from spark_jobs.transforms.split import check_fractions, is_sample, split
 from spark_jobs.transforms.statistics import with_statistics
+from spark_jobs.transforms.tables import item_table, user_table, write_items, write_users
 
 MAX_LEVELS = 64
 """Ratings of a log without a given scale, at most."""
@@ -46,8 +51,10 @@ class Judged:
     reasons: dict[str, int]
 
 
-def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder, privacy: Privacy) -> Output:
-    """Write the tables events, items, users and quarantine.
+def build(
+    spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder, privacy: Privacy, before: Before | None
+) -> Output:
+    """Write the tables events, items, users and quarantine; by days also state and vocabulary for the next day.
 
     Raises:
         ValueError: the log or the configuration cannot be used; nothing was written then.
@@ -61,37 +68,39 @@ def build(spark: SparkSession, config: EventsConfig, raw: Folder, out: Folder, p
     if not counts.get("k_core", counts["clean"]):
         raise ValueError("no event is left after cleaning and the k-core: lower k_core, or look at the quarantine")
     levels = rating_levels(events, config.rating_levels)
-    users, items = positions(events, "user_id", "user"), positions(events, "item_id", "item")
+    users, items = numbered(events, before)
     rows = counts.get("k_core", counts["clean"])
-    numbered = settle(ordered(sliced(_numbered(events, users, items, levels, config.like_at_least), rows)))
-    divided = split(numbered, config)
-    final = settle(unsliced(with_statistics(divided.events, config.split == "per_user")))
+    placed = settle(ordered(sliced(_named(events, users, items, levels, config.like_at_least), rows)))
+    divided = split(placed, config)
+    counted = unsliced(with_statistics(divided.events, config.split == "per_user"))
+    final = settle(continued(counted, users, items) if before else counted)
     counts |= split_counts(final, config)
     _say(", ".join(f"{name} {rows:,}" for name, rows in counts.items()))
-    user_table = _profiled(users.frame, judged.users, "user", log.user_fields)
-    item_table = _profiled(items.frame, judged.items, "item", ("title", *log.item_fields))
-    item_table = item_table.withColumn("title", F.coalesce("title", "item_id")).withColumn("text", text)
-    fields = categories(user_table, log.user_fields), categories(item_table, log.item_fields)
-    files = [
-        *write_events(final, out, counts["events"]),
-        *_write_profiles(with_fields(item_table, fields[1]), final, out, "item", len(fields[1])),
-        *_write_profiles(with_fields(user_table, fields[0]), final, out, "user", len(fields[0])),
-        *_write_quarantine(judged, out),
-    ]
+    by_days = config.split == "dates"
+    user_rows = user_table(users, judged.users, log.user_fields, by_days, before)
+    item_rows = item_table(items, judged.items, log.item_fields, text, by_days, before)
+    events_written = write_events(final, out, counts["events"])
+    users_written, first_users = write_users(user_rows, out, dense=before is None)
+    files = [*events_written, *users_written, *write_items(item_rows, final, out), *_write_quarantine(judged, out)]
     facts = {
         "rating_levels": levels,
         "level_likes": [int(level >= config.like_at_least) for level in levels],
-        "user_fields": fields[0],
-        "item_fields": fields[1],
+        "user_fields": user_rows.values,
+        "item_fields": item_rows.values,
         "counts": counts,
         "quarantine": judged.reasons,
         "split": config.split,
         "split_times": list(divided.times),
         "min_history": config.min_history,
-        "users": users.rows,
-        "items": items.rows,
+        "users": users.total,
+        "items": items.total,
+        "first_users": first_users,
     }
-    return Output(files, facts)
+    if not by_days:
+        return Output(files, facts)
+    profiles = Profiles(out, users_written, first_users, len(user_rows.values))
+    kept = keep(spark, config, out, events_written, profiles, users.fresh(), before, forgotten(spark, privacy, before))
+    return Output([*files, *kept.files], {**facts, **kept.facts})
 
 
 def judge(log: RawLog, config: EventsConfig, privacy: Privacy) -> Judged:
@@ -162,6 +171,9 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
     counted = (F.count("*").alias("events"), F.count_if(sample).alias("samples"), liked)
     rows = events.groupBy("split").agg(*counted).collect()
     found = {row["split"]: row["samples"] for row in rows}
+    counts = {"events": sum(row["events"] for row in rows), **{name: found.get(name, 0) for name in schema.SPLITS}}
+    if config.split == "dates":
+        return counts  # days of one split, or of one label, are days like others
     for name, fraction in zip(schema.SPLITS, config.fractions, strict=True):
         if fraction > 0 and not found.get(name):
             raise ValueError(
@@ -169,7 +181,7 @@ def split_counts(events: DataFrame, config: EventsConfig) -> dict[str, int]:
                 f"samples: {found}). Use a longer log, another split, or other fractions."
             )
     _check_labels({row["split"]: row["liked"] for row in rows}, found, events, config)
-    return {"events": sum(row["events"] for row in rows), **{name: found.get(name, 0) for name in schema.SPLITS}}
+    return counts
 
 
 def _check_labels(
@@ -188,7 +200,9 @@ def _check_labels(
 
 def write_events(events: DataFrame, out: Folder, rows: int) -> list[FileEntry]:
     """Write the event table, sorted by user and order, in parts of equally many rows."""
-    return write_parts(parted(events, rows), out, "events/", schema.events, ["user", "order"])
+    continues = BASE in events.columns
+    order = F.col("order") - F.col(BASE) if continues else F.col("order")
+    return write_parts(parted(events, rows, order), out, "events/", schema.events, ["user", "order"])
 
 
 def _timed(events: DataFrame, clock: bool) -> DataFrame:
@@ -203,14 +217,14 @@ def _count_core(counts: dict[str, int], turn: int, rows: int) -> None:
     _say(f"  k-core round {turn}: {rows:,} events left")
 
 
-def _numbered(
-    events: DataFrame, users: Ranked, items: Ranked, levels: Sequence[float], like_at_least: float
+def _named(
+    events: DataFrame, users: Numbers, items: Numbers, levels: Sequence[float], like_at_least: float
 ) -> DataFrame:
     """Events with positions in place of ids, the rating's level and the label."""
     scale = F.array(*[F.lit(level).cast("float") for level in levels])
     return (
-        events.join(joinable(users.frame, users.rows), "user_id")
-        .join(joinable(items.frame, items.rows), "item_id")
+        events.join(joinable(users.frame.select("user_id", "user"), users.rows), "user_id")
+        .join(joinable(items.frame.select("item_id", "item"), items.rows), "item_id")
         .select(
             "user",
             "item",
@@ -220,22 +234,6 @@ def _numbered(
             (F.col("rating").cast("double") >= like_at_least).cast("tinyint").alias("label"),
         )
     )
-
-
-def _profiled(numbers: DataFrame, profiles: DataFrame | None, kind: str, columns: Sequence[str]) -> DataFrame:
-    """Positions with what the log's own table says of them; null where it has no such row."""
-    if profiles is None:
-        return numbers.select("*", *[F.lit(None).cast("string").alias(name) for name in columns])
-    return settle(numbers.join(profiles.select(f"{kind}_id", *columns), f"{kind}_id", "left"))
-
-
-def _write_profiles(frame: DataFrame, events: DataFrame, out: Folder, kind: str, fields: int) -> list[FileEntry]:
-    """Write the item or user table, with how often each occurs in the training split."""
-    seen = events.where(F.col("split") == schema.SPLITS[0]).groupBy(kind).agg(F.count("*").alias("train_events"))
-    full = frame.join(seen, kind, "left").na.fill(0, ["train_events"])
-    part = F.floor((F.col(kind) - 1) / ROWS_PER_PART).cast("int")
-    target = schema.items(fields) if kind == "item" else schema.users(fields)
-    return write_parts(full.withColumn("part", part), out, f"{kind}s/", target, [kind])
 
 
 def _write_quarantine(judged: Judged, out: Folder) -> list[FileEntry]:

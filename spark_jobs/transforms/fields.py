@@ -10,8 +10,16 @@ MAX_VALUES = 200_000
 """Values of a field, at most: they lie in the manifest, and on the driver."""
 
 
-def categories(frame: DataFrame, fields: Sequence[str]) -> dict[str, list[str]]:
-    """The distinct values of every field, sorted.
+def categories(
+    frame: DataFrame, fields: Sequence[str], key: str = "", known: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
+    """The distinct values of every field, sorted; by days those ``known`` already, then by first appearance and name.
+
+    Args:
+        frame: profiles.
+        fields: the names of the fields.
+        key: column with the profiles' position, if the values are to follow it.
+        known: values that have their places already.
 
     Raises:
         ValueError: a field has more than about MAX_VALUES values.
@@ -25,8 +33,16 @@ def categories(frame: DataFrame, fields: Sequence[str]) -> dict[str, list[str]]:
                 f"field {name!r} has about {sizes[name]:,} values, more than {MAX_VALUES:,}, so it is no category. "
                 "Leave it out of source.item_fields or source.user_fields."
             )
-    values = frame.agg(*[F.collect_set(name).alias(name) for name in fields]).first()
-    return {name: sorted(values[name]) if values is not None else [] for name in fields}
+    pairs = F.explode(F.create_map(*[part for name in fields for part in (F.lit(name), F.col(name))]))
+    place = F.col(key) if key else F.lit(0)
+    found = frame.select(place.alias("place"), pairs.alias("field", "value")).where(F.col("value").isNotNull())
+    rows = found.groupBy("field", "value").agg(F.min("place").alias("first")).collect()
+    values = {name: list((known or {}).get(name, ())) for name in fields}
+    there = {name: set(words) for name, words in values.items()}
+    for row in sorted(rows, key=lambda row: (row["first"], row["value"])):
+        if row["value"] not in there[row["field"]]:
+            values[row["field"]].append(row["value"])
+    return values
 
 
 def with_fields(frame: DataFrame, values: Mapping[str, Sequence[str]]) -> DataFrame:

@@ -1,5 +1,6 @@
 """Events to the retrieved histories of their samples: Arrow in, Arrow out, many users at once."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,28 +9,36 @@ from numpy.typing import NDArray
 
 from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract import schema
+from reclora_dist.contract.runs import Run
 from reclora_dist.retrieval import Past, Similarity, retrieve
+from spark_jobs.transforms.states import few, past_of
 
 Log = dict[str, NDArray[Any]]
 
+_LOG = ("user", "item", "time", "level")
+
 
 def histories(
-    events: pa.Table, similarity: Similarity | None, config: RetrievalConfig, min_history: int, first: int = 0
+    events: pa.Table,
+    own: NDArray[np.bool_],
+    similarity: Similarity | None,
+    config: RetrievalConfig,
+    min_history: int,
 ) -> pa.Table:
     """The samples among the events, with their long and short histories, in the schema ``histories``.
 
     Args:
         events: sorted by user and order (schema ``events``); of a user's events the newest ``config.candidates``
             before the first sample must be there.
+        own: which rows may be samples; the others are history only.
         similarity: scores of events for targets; None takes the newest.
         config: what to retrieve.
         min_history: events strictly before a sample that make it one.
-        first: rows before this one are history only.
     """
-    log: Log = {name: events[name].to_numpy() for name in ("sample_id", "user", "item", "time", "level")}
+    log: Log = {name: events[name].to_numpy() for name in ("sample_id", *_LOG)}
     places = log["sample_id"] & 0xFFFFFFFF
     starts, stops = before(log["user"], log["time"])
-    samples = np.flatnonzero((places[stops] >= min_history) & (np.arange(len(places)) >= first))
+    samples = np.flatnonzero((places[stops] >= min_history) & own)
     past = Past(log["item"], places, starts[samples], stops[samples], config.candidates)
     found = retrieve(similarity, past, log["item"][samples], (config.long, config.short), config.block)
     target = schema.histories(config.long, config.short)
@@ -38,6 +47,39 @@ def histories(
     for list_of in (_statistics(taken), *(_history(log, index) for index in found)):
         columns += list_of
     return pa.Table.from_arrays(columns, schema=target)
+
+
+def with_state(
+    events: pa.Table, own: NDArray[np.bool_], state: Sequence[Run], keep: int
+) -> Iterator[tuple[pa.Table, NDArray[np.bool_]]]:
+    """The events with what the days before know of their users in front of each user's, a few users at a time.
+
+    Args:
+        events: sorted by user and order.
+        own: a mark of each event.
+        state: runs of users' states, newest first.
+        keep: events in a state, at most.
+
+    Yields:
+        Events, and their marks; those of the days before have none.
+    """
+    column = events["user"].to_numpy()
+    users = np.unique(column)
+    for some in few(users, state, keep):
+        start, stop = np.searchsorted(column, users[some][0]), np.searchsorted(column, users[some][-1], "right")
+        yield _behind_state(events.slice(start, stop - start), own[start:stop], state, users[some])
+
+
+def _behind_state(
+    events: pa.Table, own: NDArray[np.bool_], state: Sequence[Run], users: NDArray[Any]
+) -> tuple[pa.Table, NDArray[np.bool_]]:
+    past = past_of(state, users.astype(np.int64))
+    columns = {"sample_id": past["user"] << 32 | past["place"], **{name: past[name] for name in _LOG}}
+    older = pa.table({name: pa.array(column, events.schema.field(name).type) for name, column in columns.items()})
+    both = pa.concat_tables([older, events], promote_options="default")
+    order = np.argsort(both["sample_id"].to_numpy(), kind="stable")
+    marks = np.concatenate([np.zeros(older.num_rows, bool), own])
+    return both.take(pa.array(order)), marks[order]
 
 
 def before(users: NDArray[Any], times: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

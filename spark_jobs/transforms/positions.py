@@ -1,6 +1,6 @@
 """Dense positions of users and items, the order of a user's events, and the part of the log they lie in."""
 
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from spark_jobs.transforms.ranks import Ranked, with_rank
@@ -33,14 +33,15 @@ def rows_per_part(rows: int) -> int:
     return min(max(-(-rows // 64), 50_000), 1_000_000)
 
 
-def parted(events: DataFrame, rows: int) -> DataFrame:
+def parted(events: DataFrame, rows: int, order: Column) -> DataFrame:
     """Add ``part``: the log in order of user and order, cut every ``rows_per_part`` rows, whoever they belong to.
 
-    A row's place is the number of events of the users before its own, plus its order; nothing has to be sorted for it.
+    A row's place is the number of events of the users before its own, plus its ``order`` among its user's events here;
+    nothing has to be sorted for it.
     """
     offsets = _offsets(events.groupBy("user").count())
     placed = events.join(joinable(offsets.frame, offsets.rows), "user")
-    part = F.floor((F.col("_offset") + F.col("order")) / rows_per_part(rows)).cast("int")
+    part = F.floor((F.col("_offset") + order) / rows_per_part(rows)).cast("int")
     return placed.withColumn("part", part).drop("_offset")
 
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession
 
 from spark_jobs.privacy import Privacy, hashed
 from spark_jobs.quality import DELETED
@@ -26,6 +27,17 @@ def private(log: RawLog, privacy: Privacy) -> RawLog:
     events = log.events.mapInArrow(partial(_events, privacy), log.events.schema)
     users = log.users.mapInArrow(partial(_users, privacy), log.users.schema) if log.users is not None else None
     return replace(log, events=events, users=users, private=True)
+
+
+def deleted_ids(spark: SparkSession, privacy: Privacy) -> DataFrame:
+    """The users on the delete list under the ids that a dataset has them under, as ``user_id``."""
+
+    def ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        names = sorted(privacy.deleted or ())
+        for _ in batches:
+            yield pa.record_batch({"user_id": [hashed(privacy.key, name) if privacy.key else name for name in names]})
+
+    return spark.range(0, 1, 1, 1).mapInArrow(ids, "user_id string")
 
 
 def _events(privacy: Privacy, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

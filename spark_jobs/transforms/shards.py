@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from reclora_dist.config.schema import ShardsConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import FileEntry
-from reclora_dist.contract.parts import open_part, read_parts, write_part
+from reclora_dist.contract.parts import open_part, write_part
 from reclora_dist.contract.storage import Folder
-from spark_jobs.parts import ROWS_PER_PART, entry_batch
+from spark_jobs.days import MS_PER_DAY
+from spark_jobs.parts import entry_batch
+from spark_jobs.transforms.profiles import Profiles
 
-KEY = ("kind", "split", "file")
-"""Columns that name a file: crm or text, the split, and its number."""
+KEY = ("kind", "split", "day", "file")
+"""Columns that name a file: crm or text, the split, the day (empty if the log was not built by days), its number."""
 
-BLOCK = "kind string, split string, file int, rows binary"
+BLOCK = "kind string, split string, day string, file int, rows binary"
 """Spark schema of rows on their way to a file: an Arrow stream."""
 
-KEYS = "split string, rows bigint, keys binary"
+KEYS = "split string, day string, samples bigint, rows bigint, keys binary"
 
 _LAST = 2**64 - 1
 _GROUP_BYTES = 64 << 20
@@ -34,11 +36,14 @@ _GROUP_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """Where samples go: per split the number of files of either kind, and the largest text key (-1: no text rows)."""
+    """Where samples go: per split and day the number of files of either kind; per split the largest text key (-1: no
+    text rows).
+    """
 
     seed: int
-    crm_files: Mapping[str, int]
-    text_files: Mapping[str, int]
+    by_days: bool
+    crm_files: Mapping[tuple[str, str], int]
+    text_files: Mapping[tuple[str, str], int]
     text_limits: Mapping[str, int]
 
 
@@ -95,18 +100,30 @@ def limit(asked: float, rows: int) -> int:
 
 
 def keys_below(
-    folder: Folder, entries: Sequence[FileEntry], config: ShardsConfig, limits: Mapping[str, int], part: int
-) -> Iterator[pa.RecordBatch]:
-    """How many text keys of one part of the histories are within the limit of their split (schema KEYS).
+    folder: Folder, entries: Sequence[FileEntry], config: ShardsConfig, limits: Mapping[str, int], by_days: bool,
+    part: int,
+) -> Iterator[pa.RecordBatch]:  # fmt: skip
+    """How many samples a part of the histories has, and how many text keys within the limit of their split (KEYS).
 
     The keys themselves come along where a number of samples was asked for, and the largest is yet to be found.
     """
-    table = open_part(folder, entries[part]).read(columns=["sample_id", "split"])
+    table = open_part(folder, entries[part]).read(columns=["sample_id", "time", "split"])
     key = text_key(table["sample_id"].to_numpy(), config.seed)
-    for split, asked in config.text.items():
-        found = key[_is(table, split) & _within(key, limits[split])]
-        keys = found.tobytes() if asked > 1 else b""
-        yield pa.record_batch({"split": [split], "rows": [len(found)], "keys": [keys]})
+    for split, day, rows in _groups(table, by_days):
+        found = key[rows][_within(key[rows], limits[split])]
+        keys = found.tobytes() if config.text[split] > 1 else b""
+        columns = {"split": [split], "day": [day], "samples": [len(rows)], "rows": [len(found)], "keys": [keys]}
+        yield pa.record_batch(columns)
+
+
+def _groups(table: pa.Table, by_days: bool) -> Iterator[tuple[str, str, NDArray[np.int64]]]:
+    """The rows of every split, and of every day (UTC) if the log was built by days."""
+    day = table["time"].to_numpy() // MS_PER_DAY if by_days else np.zeros(table.num_rows, np.int64)
+    for split in schema.SPLITS:
+        rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
+        for number in np.unique(day[rows]):
+            name = str(np.datetime64(int(number), "D")) if by_days else ""
+            yield split, name, rows[day[rows] == number]
 
 
 def _within(key: NDArray[np.uint64], most: int) -> NDArray[np.bool_]:
@@ -115,7 +132,7 @@ def _within(key: NDArray[np.uint64], most: int) -> NDArray[np.bool_]:
 
 
 def blocks(
-    histories: Folder, entries: Sequence[FileEntry], profiles: "Profiles", layout: Layout, shape: Shape, part: int
+    histories: Folder, entries: Sequence[FileEntry], profiles: Profiles, layout: Layout, shape: Shape, part: int
 ) -> Iterator[pa.RecordBatch]:
     """One part of the histories as blocks of the schema BLOCK."""
     table = open_part(histories, entries[part]).read()
@@ -123,20 +140,14 @@ def blocks(
     ids = table["sample_id"].to_numpy()
     share = place(ids, layout.seed).astype(np.float64) / 2.0**64
     key = text_key(ids, layout.seed)
-    for split in schema.SPLITS:
-        rows = np.flatnonzero(_is(table, split))
+    for split, day, rows in _groups(table, layout.by_days):
         text = rows[_within(key[rows], layout.text_limits[split])]
-        yield from _by_file(table, shape.schema("crm"), ("crm", split), rows, share, layout.crm_files[split])
-        yield from _by_file(table, shape.schema("text"), ("text", split), text, share, layout.text_files[split])
-
-
-def _is(table: pa.Table, split: str) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = pc.equal(table["split"], split).to_numpy()
-    return found
+        for kind, chosen, files in (("crm", rows, layout.crm_files), ("text", text, layout.text_files)):
+            yield from _by_file(table, shape.schema(kind), (kind, split, day), chosen, share, files[split, day])
 
 
 def _by_file(
-    table: pa.Table, target: pa.Schema, name: tuple[str, str], rows: NDArray[Any], share: NDArray[Any], files: int
+    table: pa.Table, target: pa.Schema, name: tuple[str, ...], rows: NDArray[Any], share: NDArray[Any], files: int
 ) -> Iterator[pa.RecordBatch]:
     """The rows in order of file, one block per file."""
     file = np.minimum((share[rows] * files).astype(np.int32), files - 1)
@@ -161,6 +172,27 @@ def _stream(table: pa.Table) -> bytes:
     return found
 
 
+def prefix(kind: str, split: str, day: str) -> str:
+    """Where the files of a split, or of one of its days, lie."""
+    return f"{kind}/split={split}/" + (f"day={day}/" if day else "")
+
+
+def without(
+    folder: Folder, entries: Sequence[FileEntry], users: NDArray[np.int64], shape: Shape, asked: int, index: int
+) -> Iterator[pa.RecordBatch]:
+    """A file of shards as it was if it holds none of ``users``, else written again without their rows."""
+    found = [entries[index]]
+    table = open_part(folder, entries[index]).read()
+    keep = ~np.isin(table["user"].to_numpy(), users)
+    if not keep.all():
+        place, name = entries[index].path.rsplit("/", 1)
+        rows = shape.rows_per_group(place.split("/")[0], asked)
+        whole = table.filter(pa.array(keep))
+        number = int(name.split("-")[1])
+        found = [write_part(folder, f"{place}/", number, whole, rows)] if whole.num_rows else []
+    yield entry_batch(found)
+
+
 def assemble(
     folder: Folder, shape: Shape, rows_per_group: int, seed: int, key: tuple[pa.Scalar, ...], found: pa.Table
 ) -> pa.Table:
@@ -169,29 +201,10 @@ def assemble(
     Returns:
         One row of the schema ``parts.ENTRY``.
     """
-    kind, split, file = (scalar.as_py() for scalar in key)
+    kind, split, day, file = (scalar.as_py() for scalar in key)
     table = pa.concat_tables(pa.ipc.open_stream(block.as_buffer()).read_all() for block in found["rows"])
     ids = table["sample_id"].to_numpy()
     order = np.lexsort((ids, place(ids, seed)))
     rows = shape.rows_per_group(kind, rows_per_group)
-    entry = write_part(folder, f"{kind}/split={split}/", file, table.take(pa.array(order)), rows)
+    entry = write_part(folder, prefix(kind, split, day), file, table.take(pa.array(order)), rows)
     return pa.Table.from_batches([entry_batch([entry])])
-
-
-@dataclass(frozen=True)
-class Profiles:
-    """The users' fields, read where they are needed: a part of the histories holds users that stand together."""
-
-    folder: Folder
-    entries: Sequence[FileEntry]
-    fields: int
-
-    def of(self, users: NDArray[np.int32]) -> pa.Array:
-        """The fields of some users, lists of ``fields`` positions."""
-        if not self.fields:
-            return pa.array([[]] * len(users), pa.list_(pa.int32()))
-        first, last = ((int(user) - 1) // ROWS_PER_PART for user in (users.min(), users.max()))
-        profile = read_parts(self.folder, self.entries[first : last + 1], ["user", "fields"])
-        flat = profile["fields"].combine_chunks().flatten().to_numpy().reshape(-1, self.fields)
-        rows = np.searchsorted(profile["user"].to_numpy(), users)
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat[rows].ravel(), pa.int32()), self.fields)

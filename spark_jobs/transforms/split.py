@@ -1,4 +1,4 @@
-"""Training, validation and test: two moments for the whole log, or two places in each user's samples."""
+"""Training, validation and test: two moments for the whole log, given or found, or two places in each user's."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from pyspark.sql import functions as F
 
 from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract.schema import SPLITS
+from spark_jobs.days import midnight
 from spark_jobs.transforms.ranks import rows_at
 
 
@@ -30,7 +31,7 @@ def split(events: DataFrame, config: EventsConfig) -> Split:
 
     Args:
         events: with user, time, order and ``earlier`` (events of the user strictly before).
-        config: ``fractions`` are shares of the samples.
+        config: ``fractions`` are shares of the samples, for ``dates`` of no use.
 
     Raises:
         ValueError: the fractions are no shares, or there is no sample to split.
@@ -38,8 +39,11 @@ def split(events: DataFrame, config: EventsConfig) -> Split:
     check_fractions(config.fractions)
     if config.split == "per_user":
         return Split(_per_user(events, config), ())
-    samples = events.where(is_sample(config.min_history))
-    first, second = (row["time"] for row in rows_at(samples, ["time"], lambda count: _moments(count, config)))
+    if config.split == "dates":
+        first, second = (midnight(day) for day in config.cut_dates)
+    else:
+        samples = events.where(is_sample(config.min_history))
+        first, second = (row["time"] for row in rows_at(samples, ["time"], lambda count: _moments(count, config)))
     column = F.when(F.col("time") < first, SPLITS[0]).when(F.col("time") < second, SPLITS[1]).otherwise(SPLITS[2])
     return Split(events.withColumn("split", column), (first, second))
 

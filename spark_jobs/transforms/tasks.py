@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from reclora_dist.contract.manifest import FileEntry
 from reclora_dist.contract.parts import Rows
@@ -55,11 +56,13 @@ def plan(spark: "SparkSession", folder: Folder, entries: Sequence[FileEntry], ca
     return sorted((Task(*row) for row in found), key=lambda task: task.start)
 
 
-def read_with_past(log: Rows, task: Task, candidates: int, columns: Sequence[str]) -> tuple[pa.Table, int]:
+def read_with_past(
+    log: Rows, task: Task, candidates: int, columns: Sequence[str]
+) -> tuple[pa.Table, NDArray[np.bool_]]:
     """The rows of a task after those of the same user that its first samples may see.
 
     Returns:
-        The rows, and how many of them lie before the task.
+        The rows, and whether each is the task's own.
     """
     wanted = candidates
     while True:
@@ -71,5 +74,5 @@ def read_with_past(log: Rows, task: Task, candidates: int, columns: Sequence[str
         tied = int(np.count_nonzero((user == user[own]) & (time == time[own]))) - 1
         if start == 0 or user[0] != user[own] or own - tied >= candidates:
             first = int(np.argmax(user == user[own]))
-            return table.slice(first), own - first
+            return table.slice(first), np.arange(first, table.num_rows) >= own
         wanted = candidates + 2 * tied

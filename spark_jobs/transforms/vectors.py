@@ -14,7 +14,7 @@ from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract.categories import item_categories
 from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, verified
 from reclora_dist.contract.storage import Folder
-from reclora_dist.retrieval import Semantic, Similarity, check_grid, similarity
+from reclora_dist.retrieval import Known, Semantic, Similarity, check_grid, similarity
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -43,17 +43,21 @@ class SharedVectors:
 
 @dataclass(frozen=True)
 class SharedSimilarity:
-    """The strategy's scores on executors: vectors where they lie, or the whole object broadcast."""
+    """The strategy's scores on executors: vectors where they lie, or the whole object broadcast.
+
+    Items above ``known`` came after the vectors were made; None: there are none.
+    """
 
     vectors: SharedVectors | None = None
     whole: Any = None
+    known: int | None = None
 
     def open(self) -> Similarity | None:
         """The scores; None for the newest events."""
-        if self.vectors is not None:
-            return Semantic(self.vectors.open())
         found: Similarity | None = None if self.whole is None else self.whole.value
-        return found
+        if self.vectors is not None:
+            found = Semantic(self.vectors.open())
+        return found if found is None or self.known is None else Known(found, self.known)
 
 
 def share(
@@ -67,12 +71,14 @@ def share(
         ValueError: the vectors are not on the grid, or the items lack the field that is compared.
     """
     vectors = _checked(spark, folders, manifests) if config.strategy in COMPARES_VECTORS else None
+    rows = len(vectors.open()) if vectors else 0
+    known = rows - 1 if vectors and rows <= manifests["events"].facts["items"] else None
     if config.strategy == "semantic":
-        return SharedSimilarity(vectors)
+        return SharedSimilarity(vectors, known=known)
     by_category = config.strategy == "category"
     categories = item_categories(folders["events"], manifests["events"], config.category) if by_category else None
     scores = similarity(config, vectors.open() if vectors else None, categories)
-    return SharedSimilarity(whole=None if scores is None else spark.sparkContext.broadcast(scores))
+    return SharedSimilarity(whole=None if scores is None else spark.sparkContext.broadcast(scores), known=known)
 
 
 def _checked(spark: "SparkSession", folders: Mapping[str, Folder], manifests: Mapping[str, Manifest]) -> SharedVectors:
@@ -82,7 +88,8 @@ def _checked(spark: "SparkSession", folders: Mapping[str, Folder], manifests: Ma
         raise ContractError(f"{folder.uri!r} names {len(entries)} files vectors-*.npy, not one. Run `embed` again.")
     shared = _shared(spark, folder, entries[0])
     table = shared.open()
-    if table.ndim != 2 or len(table) != items + 1:
+    by_days = "days" in manifests["events"].facts
+    if table.ndim != 2 or not (len(table) == items + 1 or (by_days and 0 < len(table) <= items)):
         raise ContractError(
             f"{folder.uri!r} has vectors of shape {list(table.shape)}, but the log has {items} items, which takes "
             f"{items + 1} rows. Run `embed` on these events."

@@ -96,7 +96,10 @@ def test_settings_and_groups_together() -> None:
         ("backbone.tiny.qqq=1", "no such key; known keys: hidden, layers, heads"),
         ("crm.embedding=wide", "config crm.embedding = 'wide': input should be a valid integer"),
         ("engine.zero_stage=4", "config engine.zero_stage = 4: input should be 0, 1, 2 or 3"),
-        ("events.split=by_user", "config events.split = 'by_user': input should be 'global_time' or 'per_user'"),
+        (
+            "events.split=by_user",
+            "config events.split = 'by_user': input should be 'global_time', 'per_user' or 'dates'",
+        ),
         ("events.fractions=[0.8,0.2]", "config events.fractions"),
         ("retrieval=recent", "config retrieval = 'recent'"),
         ("crm_train=null", "config crm_train = None"),

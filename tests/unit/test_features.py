@@ -49,9 +49,16 @@ def publish(folder: Folder, format: Format, files: list[FileEntry], facts: dict)
 
 
 def write_events(folder: Folder, rows: list[dict], split_times: list[int]) -> None:
-    fields = [{"user": u, "user_id": f"u{u}", "fields": [u % 3, u % 2], "train_events": 1} for u in range(1, USERS + 1)]
+    fields = [{"user": u, "user_id": f"u{u}", "fields": [u % 3, u % 2]} for u in range(1, USERS + 1)]
     items = [
-        {"item": i, "item_id": f"i{i}", "title": f"Title {i}", "text": "", "fields": [], "train_events": 1}
+        {
+            "item": i,
+            "item_id": f"i{i}",
+            "title": f"Title {i}",
+            "text": "",
+            "fields": [],
+            **dict.fromkeys(("train_events", "events", "likes"), 1),
+        }
         for i in range(1, ITEMS + 1)
     ]
     late = [row for row in rows if row["user"] > 4]

@@ -1,0 +1,90 @@
+"""Same input, same output, byte for byte: whatever the partitions, the cores, the order of the rows, or what failed."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.schema import EVENTS, HISTORIES, SHARDS
+from reclora_dist.contract.storage import Folder
+
+ROOT = Path(__file__).parents[2]
+DATASETS = {"events": EVENTS, "histories": HISTORIES, "shards": SHARDS}
+pytestmark = pytest.mark.parametrize("finished", ["global_time"], indirect=True)
+
+FAILING = """
+import builtins, errno, os, pathlib
+
+true_open = open
+
+def failing(file, mode="r", *more, **named):
+    if str(file).endswith(".partial"):
+        from pyspark import TaskContext
+        if TaskContext.get().attemptNumber() == 0:
+            (pathlib.Path(os.environ["MARKERS"]) / os.path.basename(str(file)).rsplit(".", 2)[0]).touch()
+            raise OSError(errno.EIO, "failed once, as a test asked for", str(file))
+    return true_open(file, mode, *more, **named)
+
+builtins.open = failing
+"""
+"""A sitecustomize.py for executors: a task's first attempt fails when it writes its first file."""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: read_manifest(Folder(str(folder / name)), form).content_digest for name, form in DATASETS.items()}
+
+
+@pytest.mark.parametrize("partitions", [7, 64])
+def test_whatever_the_partitions(spark, run, build_all, finished, tmp_path: Path, partitions: int) -> None:
+    spark.conf.set("spark.sql.shuffle.partitions", partitions)
+    try:
+        build_all(run, tmp_path, finished.folder / "raw", finished.split)
+    finally:
+        spark.conf.set("spark.sql.shuffle.partitions", 3)
+    assert digests(tmp_path) == digests(finished.folder)
+
+
+def test_whatever_the_order_of_the_rows(run, build_all, finished, tmp_path: Path) -> None:
+    head, *rows = (finished.folder / "raw" / "events.csv").read_text().splitlines()
+    random.Random(0).shuffle(rows)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "events.csv").write_text("\n".join([head, *rows]) + "\n")
+    build_all(run, tmp_path, tmp_path / "raw", finished.split)
+    assert digests(tmp_path) == digests(finished.folder)
+
+
+def test_on_one_core_where_the_first_attempt_of_every_task_that_writes_fails(finished, csv, tmp_path: Path) -> None:
+    site, markers = tmp_path / "site", tmp_path / "markers"
+    site.mkdir()
+    markers.mkdir()
+    (site / "sitecustomize.py").write_text(FAILING)
+    home, inputs = tmp_path, finished.folder
+    command(site, markers, "build_events", home / "events", (*csv.settings, "min_history=3"), raw=inputs / "raw")
+    histories = {"events": home / "events", "vectors": inputs / "vectors"}
+    command(site, markers, "retrieve_history", home / "histories", ("long=6", "short=3"), **histories)
+    sizes = ("rows_per_file=150", "rows_per_group=40", "text_train=0.25", "text_validation=20", "text_test=1000")
+    shards = {"events": home / "events", "histories": home / "histories"}
+    command(site, markers, "write_shards", home / "shards", sizes, **shards)
+    assert digests(home) == digests(finished.folder)
+    failed = {marker.name for marker in markers.iterdir()}
+    for name, form in DATASETS.items():
+        assert failed & {Path(entry.path).name for entry in read_manifest(Folder(str(home / name)), form).files}, name
+
+
+def command(site: Path, markers: Path, job: str, out: Path, settings: tuple[str, ...], **inputs: Path) -> None:
+    """A job on one core whose tasks are tried again."""
+    arguments = ["--master", "local[1,2]", "--shuffle-partitions", "2", "--out", str(out)]
+    arguments += ["--conf", f"spark.executorEnv.PYTHONPATH={site}{os.pathsep}{ROOT}"]
+    arguments += [part for setting in settings for part in ("--set", setting)]
+    arguments += [part for name, path in inputs.items() for part in (f"--{name}", str(path))]
+    left_out = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_PYTHON")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
+    done = subprocess.run(
+        [sys.executable, "-m", f"spark_jobs.{job}", *arguments],
+        cwd=ROOT, env={**environment, "MARKERS": str(markers)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
