@@ -42,8 +42,9 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
     encoder = arguments.encoder or find_encoder(arguments.raw.resolve())
-    overrides = ["data=movielens_1m", "backbone=encoder", "experiment=movielens", f"backbone.path={encoder}"]
+    overrides = ["data=movielens_1m", "backbone=encoder", "adapters=reclora", "experiment=movielens"]
     overrides += [
+        f"backbone.path={encoder}",
         f"events.source.path={arguments.raw.resolve()}",
         f"paths.run={arguments.run.resolve()}",
         *arguments.set,
