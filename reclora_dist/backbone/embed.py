@@ -1,6 +1,7 @@
 """Item texts to vectors: mean pooling, then PCA fitted on training items, then the grid that makes cosines exact."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -35,25 +36,48 @@ class TextEncoder:
         return pooled
 
 
-def reduce(vectors: Array, fit_rows: npt.NDArray[np.bool_], dimension: int) -> Array:
-    """Centre, project on the leading principal components of ``vectors[fit_rows]``, scale to ``retrieval.on_grid``.
+@dataclass(frozen=True)
+class Projection:
+    """Vectors to item vectors: centred, projected, scaled to ``retrieval.on_grid``.
 
-    Args:
-        vectors: float32 [items, width].
-        fit_rows: bool [items]; the other items are projected but have no say in the projection.
-        dimension: components; 0, or more than there are, keeps all directions.
-
-    Raises:
-        ValueError: no row to fit on.
+    Attributes:
+        mean: float32 [width].
+        basis: float32 [width, dimension]; None keeps all directions.
     """
-    if not fit_rows.any():
-        raise ValueError("no item has a training event, so there is nothing to fit the PCA on; check the split")
-    mean = vectors[fit_rows].mean(axis=0)
-    centred = vectors - mean
-    if 0 < dimension < vectors.shape[1]:
-        basis = _components(centred[fit_rows], dimension)
-        centred = centred @ basis
-    return on_grid(centred)
+
+    mean: Array
+    basis: Array | None
+
+    @classmethod
+    def fit(cls, vectors: Array, dimension: int) -> "Projection":
+        """The leading principal components of ``vectors`` [N, width].
+
+        Args:
+            vectors: what may have a say in the projection.
+            dimension: components; 0, or more than there are, keeps all directions.
+
+        Raises:
+            ValueError: there is no vector to fit on.
+        """
+        if not len(vectors):
+            raise ValueError("no item has a training event, so there is nothing to fit the PCA on; check the split")
+        mean = vectors.mean(axis=0)
+        reduces = 0 < dimension < vectors.shape[1]
+        return cls(mean, _components(vectors - mean, dimension) if reduces else None)
+
+    def __call__(self, vectors: Array) -> Array:
+        """Item vectors, float32 [N, dimension]."""
+        centred = vectors - self.mean
+        return on_grid(centred if self.basis is None else centred @ self.basis)
+
+    def to_array(self) -> Array:
+        """One array: the mean, then the components, float32 [1 + dimension, width]."""
+        return self.mean[None] if self.basis is None else np.concatenate([self.mean[None], self.basis.T])
+
+    @classmethod
+    def from_array(cls, array: Array) -> "Projection":
+        """What ``to_array`` made."""
+        return cls(array[0], np.ascontiguousarray(array[1:].T) if len(array) > 1 else None)
 
 
 def _components(rows: Array, dimension: int) -> Array:

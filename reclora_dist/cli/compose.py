@@ -61,7 +61,9 @@ def to_config(composed: DictConfig) -> Config:
         paths=dataclasses.replace(config.paths, run=_absolute(config.paths.run)),
         events=dataclasses.replace(config.events, source=source),
         backbone=dataclasses.replace(config.backbone, path=_model(config.backbone.path)),
-        embed=dataclasses.replace(config.embed, path=_model(config.embed.path)),
+        embed=dataclasses.replace(
+            config.embed, path=_model(config.embed.path), previous=_absolute(config.embed.previous)
+        ),
         serve=dataclasses.replace(config.serve, adapter=_absolute(config.serve.adapter)),
     )
 

@@ -222,6 +222,9 @@ class EmbedConfig(Section):
     dimension: int = knob(64, "PCA components, fitted on items with training events; 0: no PCA")
     batch_size: int = knob(64, "texts per forward pass")
     max_tokens: int = knob(64, "longer texts are cut")
+    previous: str = knob(
+        "", "folder of the vectors of an earlier day: they stay, only items that came since are embedded"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Training stages on a real Ray cluster with two workers: results, metrics, and a worker that is killed."""
+"""Embedding and training on a real Ray cluster with two workers: results, metrics, and a worker that is killed."""
 
 import dataclasses
+import io
 import os
 import shutil
 import signal
@@ -9,18 +10,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from sample_data import small_config
 
-from reclora_dist.config.schema import Config, RayConfig
+from reclora_dist.config.schema import Config, EmbedConfig, PathsConfig, RayConfig
 from reclora_dist.config.targets import adapter_target, crm_target
-from reclora_dist.contract.manifest import read_manifest
-from reclora_dist.contract.schema import ADAPTER, CRM
+from reclora_dist.contract import schema
+from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest, verified
+from reclora_dist.contract.parts import read_parts, write_part
+from reclora_dist.contract.schema import ADAPTER, CRM, EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.ray_app.embed import embed_items
 from reclora_dist.ray_app.scrape import scrape
 from reclora_dist.ray_app.session import Cluster, connect
 from reclora_dist.ray_app.trainer import train_stage
+from reclora_dist.retrieval import check_grid
 from reclora_dist.telemetry import names
 
 pytestmark = pytest.mark.ray
@@ -121,3 +128,54 @@ def test_without_workers_it_runs_in_this_process(run: Path) -> None:
     shutil.rmtree(run / "crm")
     train_stage(settings, "crm")
     assert crm_digest(run) == before, "the same as a direct call"
+
+
+def with_items(run: Path, texts: dict[int, str], trained: set[int], ancestors: list[str]) -> Manifest:
+    """Give the run's events these item texts; only ``trained`` items occur in training."""
+    folder = Folder(str(run / "events"))
+    made = read_manifest(folder, EVENTS)
+    old = read_parts(folder, made.select("items/")).to_pylist()
+    rows = [{**old[(n - 1) % len(old)], "item": n, "item_id": f"i{n}", "text": text} for n, text in texts.items()]
+    rows = [{**row, "train_events": int(row["item"] in trained)} for row in rows]
+    entry = write_part(folder, "items/", 0, pa.Table.from_pylist(rows, schema.items(1)), 500)
+    files = (entry, *(e for e in made.files if not e.path.startswith("items/")))
+    facts = {**made.facts, "items": len(rows), "ancestors": ancestors}
+    return commit(folder, dataclasses.replace(made, files=files, facts=facts))
+
+
+def vectors_of(run: Path) -> np.ndarray:
+    folder = Folder(str(run / "vectors"))
+    entry = read_manifest(folder, VECTORS).select("vectors-")[0]
+    found: np.ndarray = np.load(io.BytesIO(verified(folder, entry)))
+    return found
+
+
+def test_items_of_a_later_day_are_projected_as_those_before(cluster: Cluster, run: Path, tmp_path: Path) -> None:
+    texts = {n: f"A record, number {n * n}, of {['jazz', 'rock', 'folk'][n % 3]}." for n in range(1, 46)}
+    first = {n: texts[n] for n in range(1, 41)}
+    base = dataclasses.replace(config(run), embed=EmbedConfig(path=str(run / "backbone"), dimension=6))
+    earlier = with_items(run, first, set(range(1, 31)), [])
+    embed_items(base)
+    before = vectors_of(run)
+    assert before.shape == (41, 6)
+
+    later = Path(shutil.copytree(run, tmp_path / "later"))
+    shutil.rmtree(later / "vectors")
+    with_items(later, texts, set(range(1, 46)), [earlier.content_digest])
+    previous = dataclasses.replace(base.embed, previous=str(run / "vectors"))
+    embed_items(dataclasses.replace(base, paths=PathsConfig(str(later)), embed=previous))
+    np.testing.assert_array_equal(vectors_of(later)[:41], before)
+    check_grid(vectors_of(later))
+
+    with_items(run, {**first, 40: "Quite another text."}, set(range(1, 31)), [])
+    embed_items(base)
+    untouched = np.abs(vectors_of(run)[1:40] - before[1:40]).max()
+    assert untouched < 1e-3, "no training event, no say in the projection"
+    assert np.abs(vectors_of(run)[40] - before[40]).max() > 1e-2
+
+    with pytest.raises(ContractError, match="do not go on from"):
+        embed_items(dataclasses.replace(base, paths=PathsConfig(str(later)), embed=previous))
+    with_items(later, texts, set(range(1, 46)), [read_manifest(Folder(str(run / "events")), EVENTS).content_digest])
+    with pytest.raises(ContractError, match="another encoder, or with another dimension"):
+        other = dataclasses.replace(previous, dimension=5)
+        embed_items(dataclasses.replace(base, paths=PathsConfig(str(later)), embed=other))

@@ -96,17 +96,6 @@ def write_log(folder: Path, events: Sequence[Sequence[Any]]) -> Path:
     return folder
 
 
-@dataclasses.dataclass(frozen=True)
-class Csv:
-    settings = COLUMNS
-    write = staticmethod(write_log)
-
-
-@pytest.fixture(scope="session")
-def csv() -> Csv:
-    return Csv()
-
-
 def tied_log(users: int = 30, items: int = 25, events: int = 24, seed: int = 0) -> list[tuple[str, str, int, int]]:
     """A log whose coarse clock makes many events fall on the same second, within and across users."""
     rng = np.random.default_rng(seed)
@@ -118,6 +107,18 @@ def tied_log(users: int = 30, items: int = 25, events: int = 24, seed: int = 0) 
 
 
 @dataclasses.dataclass(frozen=True)
+class Csv:
+    settings = COLUMNS
+    write = staticmethod(write_log)
+    tied = staticmethod(tied_log)
+
+
+@pytest.fixture(scope="session")
+def csv() -> Csv:
+    return Csv()
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     folder: Path
     split: str
@@ -126,10 +127,10 @@ class Run:
         return read_manifest(Folder(str(self.folder / name)), expected)
 
 
-def build_all(run: Runner, folder: Path, raw: Path, split: str) -> None:
+def build_all(run: Runner, folder: Path, raw: Path, split: str, *more: str) -> None:
     """Events, vectors, histories and shards below ``folder``, of a log that ``write_log`` wrote."""
     events, vectors, histories = (folder / name for name in ("events", "vectors", "histories"))
-    run("build_events", events, *COLUMNS, f"split={split}", "min_history=3", raw=raw)
+    run("build_events", events, *COLUMNS, f"split={split}", "min_history=3", *more, raw=raw)
     write_vectors(events, vectors)
     run("retrieve_history", histories, "long=6", "short=3", events=events, vectors=vectors)
     settings = ("rows_per_file=150", "rows_per_group=40", "text_train=0.25", "text_validation=20", "text_test=1000")

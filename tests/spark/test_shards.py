@@ -1,6 +1,7 @@
 """Histories and shards: what a sample may see, and that every file holds what it should."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 
 from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract import schema
-from reclora_dist.contract.parts import read_parts
+from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.parts import Rows, read_parts, write_part
 from reclora_dist.contract.schema import EVENTS, HISTORIES, SHARDS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.retrieval import similarity
+from spark_jobs.retrieve_history import COLUMNS
 from spark_jobs.transforms import shards
 from spark_jobs.transforms.histories import histories
+from spark_jobs.transforms.tasks import Task, read_with_past
 
 
 def part_of(log: list[tuple[int, int, int]]) -> pa.Table:
@@ -145,3 +149,70 @@ def test_recent_histories_need_no_vectors(run, rows, finished, tmp_path: Path) -
         past = [e["item"] for e in by_user[row["user"]] if e["time"] < row["time"]]
         assert row["long_items"][: row["long_length"]] == past[-4:]
         assert row["short_items"][: row["short_length"]] == past[-2:]
+
+
+@settings(deadline=None)
+@given(
+    events_strategy,
+    st.lists(st.integers(1, 59), max_size=6),
+    st.integers(1, 6),
+    st.sampled_from(["semantic", "recent"]),
+)
+def test_tasks_find_the_histories_of_the_whole_log_wherever_they_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, log: list, cuts: list[int], candidates: int, strategy: str
+) -> None:
+    """Users go on from task to task and from part to part; every task reads as much of the past as it may see."""
+    events = part_of(log)
+    if not events.num_rows:
+        return
+    folder = Folder(str(tmp_path_factory.mktemp("log")))
+    middle = events.num_rows // 2
+    parts = [events.slice(0, middle), events.slice(middle)]
+    written = [write_part(folder, "events/", n, part, 4) for n, part in enumerate(parts) if part.num_rows]
+    config = RetrievalConfig(strategy=strategy, long=5, short=2, block=3, candidates=candidates)
+    compared = similarity(config, np.eye(7, 3, dtype=np.float32), None)
+    whole = histories(events, np.ones(events.num_rows, bool), compared, config, 1)
+    ends = sorted({cut for cut in cuts if cut < events.num_rows} | {events.num_rows})
+    found = []
+    for start, stop in pairwise([0, *ends]):
+        rows, own = read_with_past(Rows(folder, written), Task(start, stop, 0), candidates, COLUMNS)
+        assert own.sum() == stop - start
+        found.append(histories(rows, own, compared, config, 1))
+    assert pa.concat_tables(found).equals(whole)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_happens_at_or_after_a_sample_changes_nothing_in_its_row(
+    run, build_all, csv, tmp_path: Path, seed: int
+) -> None:
+    """Shuffle users, items and ratings among all other events at its time or later; times tie."""
+    rng = np.random.default_rng(seed)
+    log = csv.tied(seed=seed)
+    at = sorted(event[3] for event in log)[len(log) * (2 + seed) // 4]
+    sample = next(event for event in log if event[3] == at)
+    later = [n for n, event in enumerate(log) if event[3] >= at and event != sample]
+    shuffled = list(log)
+    columns = [rng.permutation([log[n][column] for n in later]).tolist() for column in range(3)]
+    for n, user, item, rating in zip(later, *columns, strict=True):
+        shuffled[n] = (user, item, rating, log[n][3])
+    found = []
+    for name, events in (("as_it_was", log), ("shuffled", shuffled)):
+        csv.write(tmp_path / name / "raw", events)
+        build_all(run, tmp_path / name, tmp_path / name / "raw", "global_time", "k_core=0")
+        found.append(row_of(tmp_path / name, sample))
+    assert found[0]["long_length"] > 3
+    assert found[0] == found[1]
+
+
+def row_of(home: Path, sample: tuple) -> dict:
+    """The CRM row of an event, but for its place among events at the same time; items by their ids."""
+    events, shards_of = (Folder(str(home / name)) for name in ("events", "shards"))
+    made = read_manifest(events, EVENTS)
+    tables = {name: read_parts(events, made.select(f"{name}s/")).to_pylist() for name in ("user", "item")}
+    names = {name: {row[name]: row[f"{name}_id"] for row in rows} for name, rows in tables.items()}
+    for row in read_parts(shards_of, read_manifest(shards_of, SHARDS).select("crm/")).to_pylist():
+        key = (names["user"][row["user"]], names["item"][row["item"]], row["time"])
+        if key == (sample[0], sample[1], sample[3] * 1000):
+            seen = [names["item"][item] for item in row["long_items"][: row["long_length"]]]
+            return {**row, "sample_id": 0, "user": 0, "item": 0, "long_items": seen}
+    raise AssertionError(f"{sample} is no sample")

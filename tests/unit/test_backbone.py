@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclora_dist.backbone.embed import TextEncoder, reduce
+from reclora_dist.backbone.embed import Projection, TextEncoder
 from reclora_dist.backbone.load import answer_ids, load_backbone, load_tokenizer, mean_pool
 from reclora_dist.backbone.tiny import pretrain, train_tokenizer
 from reclora_dist.config.schema import BackboneConfig, TinyConfig
@@ -123,33 +123,25 @@ def test_real_sentence_vectors_know_what_is_alike(real_model: Any) -> None:
 def test_reduced_vectors_have_unit_length_on_the_grid(rows: int, width: int, dimension: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(rows, width)).astype(np.float32)
-    found = reduce(vectors, np.arange(rows) < rows - 2, dimension)
+    projection = Projection.fit(vectors[:-2], dimension)
+    found = projection(vectors)
     assert found.dtype == np.float32
     assert found.shape == (rows, width if dimension == 0 else min(width, dimension))
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
     check_grid(found)
-
-
-def test_only_training_items_have_a_say_in_the_projection() -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(30, 8)).astype(np.float32)
-    fit = np.arange(30) < 20
-    other = np.where(fit[:, None], vectors, 100 * rng.normal(size=(30, 8))).astype(np.float32)
-    before, after = reduce(vectors, fit, 3), reduce(other, fit, 3)
-    np.testing.assert_array_equal(before[fit], after[fit])
-    assert not np.allclose(before[~fit], after[~fit])
+    np.testing.assert_array_equal(Projection.from_array(projection.to_array())(vectors), found)
 
 
 def test_the_projection_keeps_the_directions_of_most_variance() -> None:
     rng = np.random.default_rng(0)
     vectors = (rng.normal(size=(200, 5)) * [0.01, 5, 0.01, 3, 0.01] + 7).astype(np.float32)
-    found = reduce(vectors, np.ones(200, bool), 2)
+    found = Projection.fit(vectors, 2)(vectors)
     centred = vectors - vectors.mean(0)
     plane = centred[:, [1, 3]] / np.linalg.norm(centred[:, [1, 3]], axis=1, keepdims=True)
     np.testing.assert_allclose(found @ found.T, plane @ plane.T, atol=0.05)
-    np.testing.assert_array_equal(reduce(vectors, np.ones(200, bool), 2), found)
+    np.testing.assert_array_equal(Projection.fit(vectors, 2)(vectors), found)
 
 
 def test_no_training_item_is_an_error() -> None:
     with pytest.raises(ValueError, match="no item has a training event, so there is nothing to fit the PCA on"):
-        reduce(np.ones((3, 2), np.float32), np.zeros(3, bool), 1)
+        Projection.fit(np.ones((0, 2), np.float32), 1)
