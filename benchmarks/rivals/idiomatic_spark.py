@@ -4,6 +4,7 @@ python benchmarks/rivals/idiomatic_spark.py RAW VECTORS OUT
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ COUNTS = ("item_events", "item_likes", "user_events", "user_likes")
 def main(raw: str, vectors: str, out: str) -> None:
     """Raw events to CRM shards."""
     spark = SparkSession.builder.master("local[*]").config("spark.driver.memory", "6g").getOrCreate()
+    spark.sparkContext.addPyFile(str(Path(__file__).with_name("common.py")))
     events = spark.read.parquet(f"{raw}/events").withColumn("time", F.col("timestamp") * 1000)
     for key, name in (("user_id", "user"), ("item_id", "item")):
         first = events.groupBy(key).agg(F.min("time").alias("first"))
