@@ -10,7 +10,6 @@ compared. Rounds are taken in turns. Needs the extra `bench`: .venv/bin/pip inst
 """
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -28,7 +27,8 @@ import numpy as np
 import psutil
 import pyarrow.dataset as ds
 
-from reclora_dist.contract.manifest import Manifest, add_file, commit, file_entry, read_manifest
+from reclora_dist.contract.arrays import add_array
+from reclora_dist.contract.manifest import Manifest, commit, read_manifest
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.retrieval import Past, Semantic, SimHash, on_grid, retrieve
@@ -228,10 +228,7 @@ def write_vectors(events: Path, out: Path) -> None:
     made = read_manifest(Folder(str(events)), EVENTS)
     table = on_grid(np.random.default_rng(0).normal(size=(made.facts["items"] + 1, DIMENSION)).astype(np.float32))
     table[0] = 0
-    content = io.BytesIO()
-    np.save(content, table)
-    name = f"vectors-{file_entry('', content.getvalue()).sha256[:12]}.npy"
-    entry = add_file(Folder(str(out)), name, content.getvalue())
+    entry = add_array(Folder(str(out)), "vectors", table)
     commit(Folder(str(out)), Manifest(VECTORS.name, VECTORS.version, "", {"events": made.content_digest}, (entry,)))
 
 

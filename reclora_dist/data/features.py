@@ -3,7 +3,6 @@
 The whole log lies in memory as flat arrays (about 30 bytes per event), sorted once per user and once per item.
 """
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reclora_dist.config.schema import RetrievalConfig
+from reclora_dist.contract.arrays import read_array
 from reclora_dist.contract.categories import item_categories
-from reclora_dist.contract.manifest import ContractError, Manifest, read_manifest, verified
+from reclora_dist.contract.manifest import ContractError, Manifest, read_manifest
 from reclora_dist.contract.parts import open_part, read_parts
 from reclora_dist.contract.schema import EVENTS, VECTORS, text_shard
 from reclora_dist.contract.storage import Folder
@@ -394,8 +394,7 @@ def _field_table(users: pa.Table, fields: int) -> NDArray[np.int32]:
 def _read_vectors(folder: Folder, items: int) -> NDArray[np.float32]:
     """Item vectors by position, float32 [items + 1, D]."""
     manifest = read_manifest(folder, VECTORS)
-    entry = next(e for e in manifest.files if e.path.endswith(".npy"))
-    vectors: NDArray[np.float32] = np.load(io.BytesIO(verified(folder, entry)), allow_pickle=False)
+    vectors: NDArray[np.float32] = read_array(folder, manifest, "vectors")
     if vectors.shape[0] != items + 1:
         raise ContractError(
             f"{folder.uri!r} holds vectors of {vectors.shape[0] - 1} items, the events have {items}: they belong to "

@@ -1,7 +1,5 @@
 """Item texts to vectors on Ray: a pool of encoders streams the item table, the driver fits the PCA."""
 
-import io
-
 import numpy as np
 import ray
 import torch
@@ -11,16 +9,8 @@ from reclora_dist.backbone.embed import Array, Projection, TextEncoder
 from reclora_dist.config.run import backbone_path, folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import vectors_target
-from reclora_dist.contract.manifest import (
-    ContractError,
-    FileEntry,
-    Manifest,
-    add_file,
-    digest,
-    file_entry,
-    read_manifest,
-    verified,
-)
+from reclora_dist.contract.arrays import add_array, read_array
+from reclora_dist.contract.manifest import ContractError, Manifest, digest, read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import BACKBONE, EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
@@ -56,7 +46,10 @@ def embed_items(config: Config) -> None:
         projection = Projection.fit(raw[items["train_events"].to_numpy() > 0], config.embed.dimension)
     new = projection(raw)
     vectors = np.concatenate([np.zeros((1, new.shape[1]), np.float32) if old is None else old, new])
-    files = [_save(target.folder, "vectors", vectors), _save(target.folder, "projection", projection.to_array())]
+    files = [
+        add_array(target.folder, "vectors", vectors),
+        add_array(target.folder, "projection", projection.to_array()),
+    ]
     facts = {"items": len(vectors) - 1, "dimension": vectors.shape[1], "encoder": _encoder(config)}
     target.commit(files, facts)
 
@@ -82,14 +75,8 @@ def _previous(config: Config, events: Manifest) -> tuple[Array, Projection]:
             f"embed.previous = {place.uri!r} was made by another encoder, or with another dimension or max_tokens. Use "
             "those settings, or leave embed.previous empty and embed all items again."
         )
-    tables = [np.load(io.BytesIO(verified(place, *found.select(name)))) for name in ("vectors-", "projection-")]
-    return tables[0], Projection.from_array(tables[1])
-
-
-def _save(target: Folder, name: str, array: Array) -> FileEntry:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return add_file(target, f"{name}-{file_entry('', buffer.getvalue()).sha256[:12]}.npy", buffer.getvalue())
+    projection = Projection.from_array(read_array(place, found, "projection"))
+    return read_array(place, found, "vectors"), projection
 
 
 def _encode(config: Config, texts: list[str]) -> Array:

@@ -18,6 +18,7 @@ import torch
 from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import evaluation_target
+from reclora_dist.contract.arrays import read_array
 from reclora_dist.contract.manifest import FileEntry, add_file, verified
 from reclora_dist.contract.parts import read_parts, write_part
 from reclora_dist.contract.schema import CRM, EVALUATION, SHARDS, VECTORS, predictions
@@ -126,9 +127,8 @@ def _baseline(config: Config, rows: pa.Table) -> Scored:
 
 def read_vectors(config: Config) -> npt.NDArray[np.float32]:
     """The run's item vectors, float32 [items + 1, dimension]."""
-    entry = manifest(config, "vectors", VECTORS).files[0]
-    vectors: npt.NDArray[np.float32] = np.load(
-        io.BytesIO(verified(folder(config, "vectors"), entry)), allow_pickle=False
+    vectors: npt.NDArray[np.float32] = read_array(
+        folder(config, "vectors"), manifest(config, "vectors", VECTORS), "vectors"
     )
     return vectors
 

@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from reclora_dist.config.schema import RetrievalConfig
+from reclora_dist.contract.arrays import array_entry
 from reclora_dist.contract.categories import item_categories
 from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, verified
 from reclora_dist.contract.storage import Folder
@@ -83,10 +84,7 @@ def share(
 
 def _checked(spark: "SparkSession", folders: Mapping[str, Folder], manifests: Mapping[str, Manifest]) -> SharedVectors:
     folder, items = folders["vectors"], manifests["events"].facts["items"]
-    entries = manifests["vectors"].select("vectors-")
-    if len(entries) != 1:
-        raise ContractError(f"{folder.uri!r} names {len(entries)} files vectors-*.npy, not one. Run `embed` again.")
-    shared = _shared(spark, folder, entries[0])
+    shared = _shared(spark, folder, array_entry(folder, manifests["vectors"], "vectors"))
     table = shared.open()
     by_days = "days" in manifests["events"].facts
     if table.ndim != 2 or not (len(table) == items + 1 or (by_days and 0 < len(table) <= items)):

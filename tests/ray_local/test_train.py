@@ -1,7 +1,6 @@
 """Embedding and training on a real Ray cluster with two workers: results, metrics, and a worker that is killed."""
 
 import dataclasses
-import io
 import os
 import shutil
 import signal
@@ -19,7 +18,8 @@ from sample_data import small_config
 from reclora_dist.config.schema import Config, EmbedConfig, PathsConfig, RayConfig
 from reclora_dist.config.targets import adapter_target, crm_target
 from reclora_dist.contract import schema
-from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest, verified
+from reclora_dist.contract.arrays import read_array
+from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest
 from reclora_dist.contract.parts import read_parts, write_part
 from reclora_dist.contract.schema import ADAPTER, CRM, EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
@@ -145,9 +145,7 @@ def with_items(run: Path, texts: dict[int, str], trained: set[int], ancestors: l
 
 def vectors_of(run: Path) -> np.ndarray:
     folder = Folder(str(run / "vectors"))
-    entry = read_manifest(folder, VECTORS).select("vectors-")[0]
-    found: np.ndarray = np.load(io.BytesIO(verified(folder, entry)))
-    return found
+    return read_array(folder, read_manifest(folder, VECTORS), "vectors")
 
 
 def test_items_of_a_later_day_are_projected_as_those_before(cluster: Cluster, run: Path, tmp_path: Path) -> None:

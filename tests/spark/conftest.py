@@ -1,7 +1,6 @@
 """One Spark session for all in-process tests, and jobs run in it without their command line."""
 
 import dataclasses
-import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from pyspark.sql import SparkSession
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from reclora_dist.config.load import build, override
-from reclora_dist.contract.manifest import Manifest, add_file, commit, file_entry, read_manifest
+from reclora_dist.contract.arrays import add_array
+from reclora_dist.contract.manifest import Manifest, commit, read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
@@ -71,10 +71,7 @@ def write_vectors(events: Path, out: Path, dimension: int = 8) -> None:
     table = np.random.default_rng(0).normal(size=(made.facts["items"] + 1, dimension)).astype(np.float32)
     table = on_grid(table)
     table[0] = 0
-    content = io.BytesIO()
-    np.save(content, table)
-    name = f"vectors-{file_entry('', content.getvalue()).sha256[:12]}.npy"
-    entry = add_file(Folder(str(out)), name, content.getvalue())
+    entry = add_array(Folder(str(out)), "vectors", table)
     parents = {"events": made.content_digest}
     commit(Folder(str(out)), Manifest(VECTORS.name, VECTORS.version, "test", parents, (entry,)))
 

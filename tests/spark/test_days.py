@@ -1,6 +1,5 @@
 """Days added one after the other give what all of them give at once."""
 
-import io
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -11,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from reclora_dist.contract.manifest import ContractError, Manifest, add_file, commit, file_entry, read_manifest
+from reclora_dist.contract.arrays import add_array
+from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS, SHARDS, VECTORS
 from reclora_dist.contract.storage import Folder
@@ -67,10 +67,7 @@ def write_vectors(events: Path, out: Path, known: int | None = None) -> Path:
     table = on_grid(np.random.default_rng(1).normal(size=(60, 6)).astype(np.float32))
     table = table[: (made.facts["items"] if known is None else known) + 1]
     table[0] = 0
-    content = io.BytesIO()
-    np.save(content, table)
-    name = f"vectors-{file_entry('', content.getvalue()).sha256[:12]}.npy"
-    entry = add_file(Folder(str(out)), name, content.getvalue())
+    entry = add_array(Folder(str(out)), "vectors", table)
     commit(Folder(str(out)), Manifest(VECTORS.name, VECTORS.version, "", {"events": made.content_digest}, (entry,)))
     return out
 
