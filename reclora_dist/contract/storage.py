@@ -48,9 +48,12 @@ class Folder:
         return Folder(scheme + separator + posixpath.normpath(posixpath.join(path, uri)))
 
     def relative(self, other: "Folder") -> str:
-        """How ``resolve`` finds ``other`` from here: relative to this folder where both are beside each other."""
-        here, there = posixpath.dirname(self.uri.rstrip("/")), posixpath.dirname(other.uri.rstrip("/"))
-        return f"../{posixpath.basename(other.uri.rstrip('/'))}" if here == there else other.uri
+        """How ``resolve`` finds ``other`` from here: by a relative path, if both are on one file system."""
+        here, there = self.uri.rpartition("://"), other.uri.rpartition("://")
+        if here[0] != there[0]:
+            return other.uri
+        path = posixpath.relpath(there[2], here[2])
+        return path if path.startswith(".") else f"./{path}"
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder of that name is there."""

@@ -241,3 +241,19 @@ def test_an_absolute_folder_is_the_same_from_another_working_directory(tmp_path,
     monkeypatch.chdir("/")
     assert absolute.exists(MANIFEST) and not relative.exists(MANIFEST)
     assert Folder("s3://bucket/things").absolute() == Folder("s3://bucket/things")
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "spelt"),
+    [
+        ("/runs/02/events", "/runs/02/vectors", "../vectors"),
+        ("/runs/02/events", "/runs/01/events", "../../01/events"),
+        ("/runs/02", "/runs/02/events", "./events"),
+        ("s3://bucket/runs/02/events", "s3://bucket/runs/01/events", "../../01/events"),
+        ("/runs/02/events", "s3://bucket/runs/01/events", "s3://bucket/runs/01/events"),
+        ("memory://runs/events", "s3://runs/vectors", "s3://runs/vectors"),
+    ],
+)
+def test_a_folder_on_the_same_file_system_is_named_by_a_relative_path_that_leads_there(here, there, spelt):
+    assert Folder(here).relative(Folder(there)) == spelt
+    assert Folder(here).resolve(spelt) == Folder(there)
