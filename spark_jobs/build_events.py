@@ -12,7 +12,7 @@ if not __package__:  # spark-submit runs this file by its path
 from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
-from spark_jobs.days import before, check_days, check_follows
+from spark_jobs.days import Before, check_days, check_follows
 from spark_jobs.privacy import read_privacy
 from spark_jobs.sources.layout import fingerprint
 from spark_jobs.stage import Inputs, Job, Output, main
@@ -35,8 +35,9 @@ def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]
         raise ValueError("where is the raw log? Give --raw, or set source.path")
     privacy = read_privacy(config.privacy, config.source.user)
     parents = {**inputs.parents, "raw": privacy.fingerprint(fingerprint(config.source, folder))}
-    if "previous" in inputs.folders:
-        check_follows(config, before(inputs.folders["previous"], inputs.manifests["previous"]))
+    before = _before(inputs)
+    if before:
+        check_follows(config, before)
     source, settings = replace(config.source, path=""), replace(config.privacy, key_file="", delete="")
     return replace(config, source=source, privacy=settings), replace(
         inputs, folders={**inputs.folders, "raw": folder.absolute()}, parents=parents, privacy=privacy
@@ -47,9 +48,13 @@ def run(spark: "SparkSession", config: EventsConfig, inputs: Inputs, out: Folder
     """Build the events dataset in ``out`` (see ``transforms.events``)."""
     from spark_jobs.transforms.events import build
 
-    there = "previous" in inputs.folders
-    earlier = before(inputs.folders["previous"], inputs.manifests["previous"]) if there else None
-    return build(spark, config, inputs.folders["raw"], out, inputs.privacy, earlier)
+    return build(spark, config, inputs.folders["raw"], out, inputs.privacy, _before(inputs))
+
+
+def _before(inputs: Inputs) -> Before | None:
+    if "previous" not in inputs.folders:
+        return None
+    return Before.open(inputs.folders["previous"], inputs.manifests["previous"])
 
 
 JOB = Job(

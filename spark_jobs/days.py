@@ -87,21 +87,21 @@ class Before:
     manifest: Manifest
     runs: Mapping[str, Sequence[Run]]
 
+    @classmethod
+    def open(cls, folder: Folder, manifest: Manifest) -> "Before":
+        """What the events dataset in ``folder`` and those that it names know, newest runs first.
+
+        Raises:
+            ContractError: it was not built by days, or a dataset that it names is not there or another one.
+        """
+        if "runs" not in manifest.facts:
+            raise ContractError(f"{folder.uri!r} was not built by days: build the first days with split=dates")
+        return cls(folder, manifest, {table: _runs(folder, manifest, table) for table in RUNS})
+
     @property
     def facts(self) -> Mapping[str, Any]:
         """The facts of the dataset of the day before."""
         return self.manifest.facts
-
-
-def before(folder: Folder, manifest: Manifest) -> Before:
-    """Open what the events dataset in ``folder`` and those that it names know, newest runs first.
-
-    Raises:
-        ContractError: it was not built by days, or a dataset that it names is not there or another one.
-    """
-    if "runs" not in manifest.facts:
-        raise ContractError(f"{folder.uri!r} was not built by days: build the first days with split=dates")
-    return Before(folder, manifest, {table: _runs(folder, manifest, table) for table in RUNS})
 
 
 def _runs(folder: Folder, manifest: Manifest, table: str) -> list[Run]:
@@ -154,7 +154,7 @@ def previous_of(folder: Folder, manifest: Manifest) -> Before | None:
         ContractError: a dataset that it names is not there or another one.
     """
     named = manifest.facts.get("previous")
-    return before(*_named(folder, named)) if named else None
+    return Before.open(*_named(folder, named)) if named else None
 
 
 def named(older: Folder | Run, out: Folder) -> dict[str, str]:

@@ -21,8 +21,6 @@ from spark_jobs.stage import Output, say
 from spark_jobs.transforms import clean
 from spark_jobs.transforms.core import k_core
 from spark_jobs.transforms.fields import worded
-from spark_jobs.transforms.kept import forgotten, keep
-from spark_jobs.transforms.numbers import BASE, Numbers, continued, numbered
 from spark_jobs.transforms.positions import ordered, parted
 from spark_jobs.transforms.private import private
 from spark_jobs.transforms.profiles import Profiles
@@ -30,8 +28,10 @@ from spark_jobs.transforms.ranks import with_rank
 from spark_jobs.transforms.running import sliced, unsliced
 from spark_jobs.transforms.settle import joinable, settle
 from spark_jobs.transforms.split import check_fractions, is_sample, split
+from spark_jobs.transforms.state import forgotten, keep
 from spark_jobs.transforms.statistics import with_statistics
 from spark_jobs.transforms.tables import item_table, user_table, write_items, write_users
+from spark_jobs.transforms.vocabulary import BASE, Vocabulary, continued, numbered
 
 MAX_LEVELS = 64
 """Ratings of a log without a given scale, at most."""
@@ -73,7 +73,7 @@ def build(
     placed = settle(ordered(sliced(_named(events, users, items, levels, config.like_at_least), rows)))
     divided = split(placed, config)
     counted = unsliced(with_statistics(divided.events, config.split == "per_user"))
-    final = settle(continued(counted, users, items) if before else counted)
+    final = settle(continued(counted, users, items) if before else counted.withColumn(BASE, F.lit(0)))
     counts |= split_counts(final, config)
     _say(", ".join(f"{name} {rows:,}" for name, rows in counts.items()))
     by_days = config.split == "dates"
@@ -200,9 +200,8 @@ def _check_labels(
 
 def write_events(events: DataFrame, out: Folder, rows: int) -> list[FileEntry]:
     """Write the event table, sorted by user and order, in parts of equally many rows."""
-    continues = BASE in events.columns
-    order = F.col("order") - F.col(BASE) if continues else F.col("order")
-    return write_parts(parted(events, rows, order), out, "events/", schema.events, ["user", "order"])
+    placed = parted(events, rows, F.col("order") - F.col(BASE))
+    return write_parts(placed, out, "events/", schema.events, ["user", "order"])
 
 
 def _timed(events: DataFrame, clock: bool) -> DataFrame:
@@ -218,7 +217,7 @@ def _count_core(counts: dict[str, int], turn: int, rows: int) -> None:
 
 
 def _named(
-    events: DataFrame, users: Numbers, items: Numbers, levels: Sequence[float], like_at_least: float
+    events: DataFrame, users: Vocabulary, items: Vocabulary, levels: Sequence[float], like_at_least: float
 ) -> DataFrame:
     """Events with positions in place of ids, the rating's level and the label."""
     scale = F.array(*[F.lit(level).cast("float") for level in levels])

@@ -11,7 +11,7 @@ from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.runs import Run
 from reclora_dist.retrieval import Past, Similarity, retrieve
-from spark_jobs.transforms.states import few, past_of
+from spark_jobs.transforms.user_states import few, past_of
 
 Log = dict[str, NDArray[Any]]
 

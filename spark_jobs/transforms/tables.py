@@ -13,9 +13,9 @@ from reclora_dist.contract.storage import Folder
 from spark_jobs.days import Before
 from spark_jobs.parts import ROWS_PER_PART, read_parts, write_parts
 from spark_jobs.transforms.fields import categories, with_fields
-from spark_jobs.transforms.numbers import Numbers
 from spark_jobs.transforms.ranks import with_rank
 from spark_jobs.transforms.settle import settle
+from spark_jobs.transforms.vocabulary import Vocabulary
 
 _COUNTS = ("train_events", "events", "likes")
 
@@ -29,7 +29,7 @@ class Table:
 
 
 def user_table(
-    users: Numbers, profiles: DataFrame | None, fields: Sequence[str], by_days: bool, before: Before | None
+    users: Vocabulary, profiles: DataFrame | None, fields: Sequence[str], by_days: bool, before: Before | None
 ) -> Table:
     """The users of a build's events; those of the days before keep the fields they had then."""
     frame = _profiled(users.frame, profiles, "user", fields)
@@ -40,7 +40,7 @@ def user_table(
 
 
 def item_table(
-    items: Numbers,
+    items: Vocabulary,
     profiles: DataFrame | None,
     fields: Sequence[str],
     text: Column,
@@ -94,8 +94,8 @@ def write_items(items: Table, events: DataFrame, out: Folder) -> list[FileEntry]
     return write_parts(full.withColumn("part", part), out, "items/", schema.items(len(items.values)), ["item"])
 
 
-def _profiled(numbers: DataFrame, profiles: DataFrame | None, kind: str, columns: Sequence[str]) -> DataFrame:
+def _profiled(positions: DataFrame, profiles: DataFrame | None, kind: str, columns: Sequence[str]) -> DataFrame:
     """Positions with what the log's own table says of them; null where it has no such row."""
     if profiles is None:
-        return numbers.select("*", *[F.lit(None).cast("string").alias(name) for name in columns])
-    return settle(numbers.join(profiles.select(f"{kind}_id", *columns), f"{kind}_id", "left"))
+        return positions.select("*", *[F.lit(None).cast("string").alias(name) for name in columns])
+    return settle(positions.join(profiles.select(f"{kind}_id", *columns), f"{kind}_id", "left"))

@@ -16,13 +16,13 @@ from spark_jobs.transforms.positions import positions
 from spark_jobs.transforms.settle import joinable, settle
 
 BASE = "user_base_events"
-"""Column of continued events: the place at which a user's log goes on."""
+"""Column of events: the place at which their user's log goes on, 0 without days before."""
 
 _FOUND = "user_id string, user int, user_base_events int, user_base_likes int, known array<int>"
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Vocabulary:
     """Ids and positions of what this build's events name, and how many positions there are in all.
 
     ``frame`` has the id and the position; with days before also ``{key}_base_events`` and ``{key}_base_likes``, what
@@ -40,11 +40,11 @@ class Numbers:
         return self.frame.where(F.col(position) >= self.first_new).select(key, position)
 
 
-def numbered(events: DataFrame, before: Before | None) -> tuple[Numbers, Numbers]:
+def numbered(events: DataFrame, before: Before | None) -> tuple[Vocabulary, Vocabulary]:
     """The users and the items of some events: old ones keep their position, new ones follow by time, then id."""
     if before is None:
         first = positions(events, "user_id", "user"), positions(events, "item_id", "item")
-        users, items = (Numbers(found.frame, found.rows, found.rows) for found in first)
+        users, items = (Vocabulary(found.frame, found.rows, found.rows) for found in first)
         return users, items
     seen = events.select("user_id").distinct()
     known = _looked_up(seen, before)
@@ -55,7 +55,7 @@ def numbered(events: DataFrame, before: Before | None) -> tuple[Numbers, Numbers
     return _joined(events, known, "user", before), _joined(events, there, "item", before)
 
 
-def _joined(events: DataFrame, old: DataFrame, key: str, before: Before) -> Numbers:
+def _joined(events: DataFrame, old: DataFrame, key: str, before: Before) -> Vocabulary:
     """The old ones among the events' keys, and the new ones behind all that were there before."""
     name, count = f"{key}_id", before.facts[f"{key}s"]
     seen = settle(old.join(events.select(name).distinct(), name, "left_semi"))
@@ -65,7 +65,7 @@ def _joined(events: DataFrame, old: DataFrame, key: str, before: Before) -> Numb
         kind = seen.schema[column].dataType
         added = added.withColumn(column, F.lit(None).cast(kind) if column == "known" else F.lit(0).cast(kind))
     frame = settle(seen.unionByName(added))
-    return Numbers(frame, frame.count(), count + fresh.rows, count + 1)
+    return Vocabulary(frame, frame.count(), count + fresh.rows, count + 1)
 
 
 def _looked_up(users: DataFrame, before: Before) -> DataFrame:
@@ -96,14 +96,14 @@ def _known(keys: np.ndarray, ids: pa.Array, vocabulary: Sequence[Run], state: Se
 _NAMES = [column.strip().split(" ")[0] for column in _FOUND.split(",")]
 
 
-def continued(events: DataFrame, users: Numbers, items: Numbers) -> DataFrame:
+def continued(events: DataFrame, users: Vocabulary, items: Vocabulary) -> DataFrame:
     """Events whose places and counts go on from the days before; those within this build alone is what they had.
 
     Adds BASE.
     """
-    for key, numbers in (("user", users), ("item", items)):
-        base = numbers.frame.select(key, f"{key}_base_events", f"{key}_base_likes")
-        events = events.join(joinable(base, numbers.rows), key)
+    for key, known in (("user", users), ("item", items)):
+        base = known.frame.select(key, f"{key}_base_events", f"{key}_base_likes")
+        events = events.join(joinable(base, known.rows), key)
     sums = {
         name: (F.col(name) + F.col(f"{key}_base_{what}")).cast("int")
         for name, key, what in ((n, *n.split("_")) for n in schema.STATISTICS)

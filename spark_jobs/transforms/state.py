@@ -21,7 +21,7 @@ from spark_jobs.privacy import Privacy
 from spark_jobs.stage import Output
 from spark_jobs.transforms.private import deleted_ids
 from spark_jobs.transforms.profiles import Profiles
-from spark_jobs.transforms.states import few, states, whole_users
+from spark_jobs.transforms.user_states import few, states, whole_users
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
