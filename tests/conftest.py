@@ -7,9 +7,20 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja and spark-submit, as `make` has them
 sys.path.insert(0, str(Path(__file__).parent))
 
 MODELS = Path(__file__).parents[2] / "shared" / "models"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also every repetition of slow tests, as CI runs them")
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether slow tests are to go through all their cases, or through one of each kind."""
+    return bool(request.config.getoption("--exhaustive"))
 
 
 @pytest.fixture(scope="session")

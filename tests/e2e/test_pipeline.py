@@ -111,11 +111,13 @@ def test_a_second_run_skips_what_is_up_to_date(finished: Finished, tmp_path: Pat
     assert "\nmodel " in again.output
 
 
-def test_a_run_that_was_killed_in_every_stage_ends_like_the_undisturbed_one(finished: Finished, tmp_path: Path) -> None:
-    """From an empty folder, SIGKILL inside each stage in turn; each next run goes on from there."""
+def test_a_run_that_was_killed_again_and_again_ends_like_the_undisturbed_one(
+    finished: Finished, tmp_path: Path, exhaustive: bool
+) -> None:
+    """From an empty folder, SIGKILL inside the stages in turn; each next run goes on from there."""
     run = tmp_path / "run"
-    for stage, place in KILLED.items():
-        kill_inside(run, stage, place)
+    for stage in STAGES if exhaustive else ONE_OF_A_KIND:
+        kill_inside(run, stage, KILLED[stage])
     end = finish("pipeline", run).output
     for stage in STAGES[:-1]:
         assert f"{stage}: up to date\n" in end
@@ -149,6 +151,9 @@ KILLED = {
     "service": "ray: connecting",
 }
 """By what one sees that a stage is at work: a folder in which it leaves its first files, or what it says."""
+
+ONE_OF_A_KIND = ["events", "vectors", "crm", "adapter reclora", "evaluation", "service"]
+"""The others run and commit by the same code as one of these."""
 
 
 def kill_inside(run: Path, stage: str, sign: str) -> None:

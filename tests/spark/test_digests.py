@@ -1,5 +1,6 @@
 """Same input, same output, byte for byte: whatever the partitions, the cores, the order of the rows, or what failed."""
 
+import json
 import os
 import random
 import subprocess
@@ -33,13 +34,24 @@ builtins.open = failing
 """
 """A sitecustomize.py for executors: a task's first attempt fails when it writes its first file."""
 
+ONE_AFTER_THE_OTHER = """
+import importlib, json, sys
+
+for name, *arguments in json.loads(sys.argv[1]):
+    if importlib.import_module(f"spark_jobs.{name}").cli(arguments):
+        sys.exit(2)
+"""
+"""Commands in one process."""
+
 
 def digests(folder: Path) -> dict[str, str]:
     return {name: read_manifest(Folder(str(folder / name)), form).content_digest for name, form in DATASETS.items()}
 
 
 @pytest.mark.parametrize("partitions", [7, 64])
-def test_whatever_the_partitions(spark, run, build_all, finished, tmp_path: Path, partitions: int) -> None:
+def test_whatever_the_partitions(spark, run, build_all, finished, tmp_path: Path, partitions: int, exhaustive) -> None:
+    if partitions > 7 and not exhaustive:
+        pytest.skip("half a minute for the same code again: with --exhaustive only, as in CI")
     spark.conf.set("spark.sql.shuffle.partitions", partitions)
     try:
         build_all(run, tmp_path, finished.folder / "raw", finished.split)
@@ -62,29 +74,31 @@ def test_on_one_core_where_the_first_attempt_of_every_task_that_writes_fails(fin
     site.mkdir()
     markers.mkdir()
     (site / "sitecustomize.py").write_text(FAILING)
-    home, inputs = tmp_path, finished.folder
-    command(site, markers, "build_events", home / "events", (*csv.settings, "min_history=3"), raw=inputs / "raw")
-    histories = {"events": home / "events", "vectors": inputs / "vectors"}
-    command(site, markers, "retrieve_history", home / "histories", ("long=6", "short=3"), **histories)
+    events, histories, shards = (tmp_path / name for name in DATASETS)
+    raw, vectors = (finished.folder / name for name in ("raw", "vectors"))
     sizes = ("rows_per_file=150", "rows_per_group=40", "text_train=0.25", "text_validation=20", "text_test=1000")
-    shards = {"events": home / "events", "histories": home / "histories"}
-    command(site, markers, "write_shards", home / "shards", sizes, **shards)
-    assert digests(home) == digests(finished.folder)
-    failed = {marker.name for marker in markers.iterdir()}
-    for name, form in DATASETS.items():
-        assert failed & {Path(entry.path).name for entry in read_manifest(Folder(str(home / name)), form).files}, name
-
-
-def command(site: Path, markers: Path, job: str, out: Path, settings: tuple[str, ...], **inputs: Path) -> None:
-    """A job on one core whose tasks are tried again."""
-    arguments = ["--master", "local[1,2]", "--shuffle-partitions", "2", "--out", str(out)]
-    arguments += ["--conf", f"spark.executorEnv.PYTHONPATH={site}{os.pathsep}{ROOT}"]
-    arguments += [part for setting in settings for part in ("--set", setting)]
-    arguments += [part for name, path in inputs.items() for part in (f"--{name}", str(path))]
+    jobs = [
+        ["build_events", *options(site, events, (*csv.settings, "min_history=3"), raw=raw)],
+        ["retrieve_history", *options(site, histories, ("long=6", "short=3"), events=events, vectors=vectors)],
+        ["write_shards", *options(site, shards, sizes, events=events, histories=histories)],
+    ]
     left_out = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_PYTHON")
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
     done = subprocess.run(
-        [sys.executable, "-m", f"spark_jobs.{job}", *arguments],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(jobs)],
         cwd=ROOT, env={**environment, "MARKERS": str(markers)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert digests(tmp_path) == digests(finished.folder)
+    failed = {marker.name for marker in markers.iterdir()}
+    for name, form in DATASETS.items():
+        written = read_manifest(Folder(str(tmp_path / name)), form).files
+        assert failed & {Path(entry.path).name for entry in written}, name
+
+
+def options(site: Path, out: Path, settings: tuple[str, ...], **inputs: Path) -> list[str]:
+    """Arguments of a job on one core whose tasks are tried again."""
+    arguments = ["--master", "local[1,2]", "--shuffle-partitions", "2", "--out", str(out)]
+    arguments += ["--conf", f"spark.executorEnv.PYTHONPATH={site}{os.pathsep}{ROOT}"]
+    arguments += [part for setting in settings for part in ("--set", setting)]
+    return arguments + [part for name, path in inputs.items() for part in (f"--{name}", str(path))]

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "cluster" / "spark"
 SUBMIT = str(Path(sys.executable).with_name("spark-submit"))
 FORMATS = {"raw": RAW, "events": EVENTS, "histories": HISTORIES, "shards": SHARDS}
+JOBS = ("build_events", "retrieve_history", "write_shards")
 SYNTHESISE = ("users=300", "items=60", "events_per_user=30")
 BUILD = ("k_core=0",)
 RETRIEVE = ("strategy=recent", "long=6", "short=3")
@@ -169,13 +170,21 @@ def choose(*settings: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def submitted(submit: Submit, entries: Path, folder: Path) -> str:
-    """What the four jobs printed; their results lie in ``folder / "run"``, named by relative paths."""
-    told = submit.script("synthesise", *choose(*SYNTHESISE), "--out", "run/raw")
-    counts = ["--metrics-file", "metrics/build_events.prom"]
-    told += submit.alone(
-        entries / "build_events.py", "--raw", "run/raw", *choose(*BUILD), *counts, "--out", "run/events"
+def generated(entries: Path, wheel: Path, python: str, folder: Path) -> None:
+    """A log in ``folder / "run" / "raw"``, by spark-submit on a local master."""
+    shutil.copy(entries / "synthesise.py", folder)
+    command = [SUBMIT, "--master", "local[2]", "--py-files", str(wheel), "synthesise.py", *choose(*SYNTHESISE)]
+    done = subprocess.run(
+        [*command, "--out", "run/raw"], cwd=folder, capture_output=True, text=True, env=outside(PYSPARK_PYTHON=python)
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def submitted(generated: None, submit: Submit, entries: Path, folder: Path) -> str:
+    """What the jobs on the cluster printed; their results lie in ``folder / "run"``, named by relative paths."""
+    counts = ["--metrics-file", "metrics/build_events.prom"]
+    told = submit.script("build_events", "--raw", "run/raw", *choose(*BUILD), *counts, "--out", "run/events")
     told += submit.alone(
         entries / "retrieve_history.py", "--events", "run/events", *choose(*RETRIEVE), "--out", "run/histories"
     )
@@ -187,7 +196,8 @@ def result(folder: Path, name: str) -> Manifest:
     return read_manifest(Folder(str(folder / name)), FORMATS[name])
 
 
-def test_the_cluster_writes_what_a_local_master_writes(submitted: str, folder: Path, run, tmp_path: Path) -> None:
+def test_without_a_checkout_all_is_written_as_with_one(submitted: str, folder: Path, run, tmp_path: Path) -> None:
+    """By a local master the raw log, by the cluster the rest."""
     run("synthesise", tmp_path / "raw", *SYNTHESISE)
     run("build_events", tmp_path / "events", *BUILD, raw=tmp_path / "raw")
     run("retrieve_history", tmp_path / "histories", *RETRIEVE, events=tmp_path / "events")
@@ -197,9 +207,9 @@ def test_the_cluster_writes_what_a_local_master_writes(submitted: str, folder: P
 
 
 def test_a_job_on_the_cluster_says_where_it_runs(submitted: str, cluster: Standalone) -> None:
-    assert submitted.count(f" on {cluster.url} after ") == 4
+    assert submitted.count(f" on {cluster.url} after ") == 3
     lines = submitted.splitlines()
-    assert {line.split(":")[0] for line in lines} == {"synthesise", "build_events", "retrieve_history", "write_shards"}
+    assert {line.split(":")[0] for line in lines} == set(JOBS)
 
 
 def test_the_jobs_own_counts_are_written(submitted: str, folder: Path) -> None:
@@ -221,7 +231,7 @@ def test_the_event_logs_are_kept_and_tell_that_both_workers_worked(
 ) -> None:
     logs = [events(log) for log in (folder / "log").glob("eventlog_v2_app-*")]
     names = {event["App Name"] for log in logs for event in log if event["Event"] == "SparkListenerApplicationStart"}
-    assert names >= {f"reclora {job}" for job in ("synthesise", "build_events", "retrieve_history", "write_shards")}
+    assert names >= {f"reclora {job}" for job in JOBS}
     assert all(log[-1]["Event"] == "SparkListenerApplicationEnd" for log in logs)
     worked = set()
     for log in logs:
@@ -300,19 +310,7 @@ def test_spark_tells_prometheus_what_it_does_while_a_job_runs(probed: dict[str, 
     assert probed["executors"].count("metrics_executor_ProcessTreePythonRSSMemory_bytes{") >= 2, "Python's memory"
 
 
-def test_a_local_master_needs_no_checkout_either(
-    submitted: str, entries: Path, wheel: Path, python: str, folder: Path, tmp_path: Path
-) -> None:
-    shutil.copy(entries / "synthesise.py", tmp_path)
-    command = [SUBMIT, "--master", "local[2]", "--py-files", str(wheel), "synthesise.py", *choose(*SYNTHESISE)]
-    done = subprocess.run(
-        [*command, "--out", "raw"], cwd=tmp_path, capture_output=True, text=True, env=outside(PYSPARK_PYTHON=python)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert result(tmp_path, "raw").content_digest == result(folder / "run", "raw").content_digest
-
-
-def test_from_a_wheel_a_local_job_is_as_quiet(submitted: str, wheel: Path, python: str, folder: Path) -> None:
+def test_from_a_wheel_a_local_job_is_as_quiet(wheel: Path, python: str, folder: Path) -> None:
     command = [python, "-m", "spark_jobs.synthesise", *choose(*SYNTHESISE), "--master", "local[2]"]
     environment = outside(PYTHONPATH=str(wheel), PYSPARK_PYTHON=python)
     done = subprocess.run([*command, "--out", "quiet"], cwd=folder, capture_output=True, text=True, env=environment)
