@@ -18,12 +18,13 @@ def positions(events: DataFrame, key: str, name: str) -> Ranked:
 
 
 def ordered(events: DataFrame) -> DataFrame:
-    """Add, per event, its ``order`` in its user's log (time, then item), ``earlier`` (events strictly before) and
-    ``sample_id``. Events must be sliced.
+    """Add, per event, its ``order`` in its user's log (time, then item), ``earlier`` and ``user_likes`` (events and
+    likes strictly before) and ``sample_id``. Events must be sliced.
     """
     one = F.lit(1)
     order = Running(one, lambda window: F.row_number().over(window.orderBy("time", "item")) - 1)
-    frame = running(events, "user", {"order": order, "earlier": strictly_before(one)})
+    before = {"earlier": strictly_before(one), "user_likes": strictly_before(F.col("label"))}
+    frame = running(events, "user", {"order": order, **before})
     sample_id = F.shiftleft(F.col("user").cast("bigint"), 32).bitwiseOR(F.col("order"))
     return frame.withColumn("sample_id", sample_id)
 

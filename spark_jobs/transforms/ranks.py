@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from spark_jobs.transforms.settle import settle
@@ -13,6 +13,9 @@ _BITS = 33
 """``monotonically_increasing_id`` is the partition shifted by this many bits, plus the row's place in it."""
 
 _ID = "_sorted_id"
+
+_BITS_PER_PASS = 16
+"""At most 65,537 counts travel to the driver at once."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,35 @@ def with_rank(frame: DataFrame, order: Sequence[Column | str], name: str) -> Ran
     return Ranked(ordered.withColumn(name, (offset + place).cast("bigint")).drop(_ID), offsets[-1])
 
 
-def rows_at(frame: DataFrame, order: Sequence[str], ranks: Callable[[int], Sequence[int]]) -> list[Row]:
-    """The rows at some places (from 0) of the sorted order.
+def values_at(frame: DataFrame, column: str, ranks: Callable[[int], Sequence[int]]) -> list[int]:
+    """The values of a bigint column at some places (from 0) of its sorted order; nothing is sorted (radix select).
+
+    Each pass counts the rows by a few more of the value's leading bits, in the cells where the places lie.
 
     Args:
-        frame: the rows; only the columns of ``order`` are looked at.
-        order: columns to sort by.
+        frame: the rows, settled; there are no nulls in the column.
+        column: its name.
         ranks: from the number of rows to the places, each below that number.
     """
-    ordered, offsets = _sorted(frame.select(*order), order)
-    wanted = [_id_at(offsets, rank) for rank in ranks(offsets[-1])]
-    found = {row[_ID]: row for row in ordered.where(F.col(_ID).isin(wanted)).collect()} if wanted else {}
-    return [found[key] for key in wanted]
-
-
-def _id_at(offsets: Sequence[int], rank: int) -> int:
-    partition = max(i for i, offset in enumerate(offsets[:-1]) if offset <= rank)
-    return (partition << _BITS) + rank - offsets[partition]
+    value = F.col(column)
+    low, high, rows = frame.agg(F.min(value), F.max(value), F.count("*")).first() or (0, 0, 0)
+    rest = list(ranks(rows))
+    cells = [0] * len(rest)
+    above, shift = 64, max((high - low).bit_length() - _BITS_PER_PASS, 0)
+    while above:
+        inside = frame if above == 64 else frame.where(F.shiftright(value, above).isin(cells))
+        found = inside.groupBy(F.shiftright(value, shift).alias("cell")).count().collect()
+        counts = sorted((row["cell"], row["count"]) for row in found)
+        for place, parent in enumerate(cells):
+            for cell, number in counts:
+                if above < 64 and cell >> (above - shift) != parent:
+                    continue
+                if rest[place] < number:
+                    cells[place] = cell
+                    break
+                rest[place] -= number
+        above, shift = shift, max(shift - _BITS_PER_PASS, 0)
+    return cells
 
 
 def _sorted(frame: DataFrame, order: Sequence[Column | str]) -> tuple[DataFrame, list[int]]:

@@ -34,10 +34,13 @@ def strictly_before(value: Column) -> Running:
 
 
 def sliced(events: DataFrame, rows: int, rows_per_slice: int = ROWS_PER_SLICE) -> DataFrame:
-    """Mark every event's slice: equal stretches of time, so many that one holds about ``rows_per_slice`` rows."""
+    """Mark every event's slice: equal stretches of time, so many that one holds about ``rows_per_slice`` rows.
+
+    A log of few rows stays as it is.
+    """
     slices = -(-rows // rows_per_slice)
     if slices <= 1:
-        return events.withColumn(_SLICE, F.lit(0))
+        return events
     first, last = events.agg(F.min("time"), F.max("time")).first() or (0, 0)
     width = (last - first) // slices + 1
     return events.withColumn(_SLICE, F.floor((F.col("time") - F.lit(first)) / F.lit(width)).cast("int"))
@@ -50,10 +53,13 @@ def unsliced(events: DataFrame) -> DataFrame:
 
 def running(events: DataFrame, key: str, sums: Mapping[str, Running]) -> DataFrame:
     """Add bigint columns of running sums over the events of the same ``key``; events must be ``sliced``."""
+    if _SLICE not in events.columns:
+        whole = Window.partitionBy(key)
+        return events.withColumns({name: total.inside(whole).cast("bigint") for name, total in sums.items()})
     window = Window.partitionBy(key, _SLICE)
     totals = events.groupBy(key, _SLICE).agg(*[F.sum(total.value).alias(name) for name, total in sums.items()])
     earlier = Window.partitionBy(key).orderBy(_SLICE).rowsBetween(Window.unboundedPreceding, -1)
     base = totals.select(key, _SLICE, *[F.sum(name).over(earlier).alias(f"_{name}") for name in sums])
     counted = events.withColumns({name: total.inside(window) for name, total in sums.items()})
-    whole = {name: (F.col(name) + F.coalesce(F.col(f"_{name}"), F.lit(0))).cast("bigint") for name in sums}
-    return counted.join(base, [key, _SLICE]).withColumns(whole).drop(*[f"_{name}" for name in sums])
+    both = {name: (F.col(name) + F.coalesce(F.col(f"_{name}"), F.lit(0))).cast("bigint") for name in sums}
+    return counted.join(base, [key, _SLICE]).withColumns(both).drop(*[f"_{name}" for name in sums])

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract.schema import SPLITS
 from spark_jobs.days import midnight
-from spark_jobs.transforms.ranks import rows_at
+from spark_jobs.transforms.ranks import values_at
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def split(events: DataFrame, config: EventsConfig) -> Split:
         first, second = (midnight(day) for day in config.cut_dates)
     else:
         samples = events.where(is_sample(config.min_history))
-        first, second = (row["time"] for row in rows_at(samples, ["time"], lambda count: _moments(count, config)))
+        first, second = values_at(samples, "time", lambda count: _moments(count, config))
     column = F.when(F.col("time") < first, SPLITS[0]).when(F.col("time") < second, SPLITS[1]).otherwise(SPLITS[2])
     return Split(events.withColumn("split", column), (first, second))
 
