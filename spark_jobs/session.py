@@ -48,6 +48,18 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
     return spark
 
 
+def running() -> SparkSession | None:
+    """The session that is running in this process, if there is one."""
+    return SparkSession.getActiveSession()
+
+
+def forget(spark: SparkSession) -> None:
+    """Let go of the rows that a job kept, so that the next one has the memory."""
+    kept = spark.sparkContext._jsc.getPersistentRDDs()
+    for rdd in list(kept.values()):
+        rdd.unpersist(False)
+
+
 def cause(error: Exception) -> str:
     """What our own code said on an executor, or Spark about a full disk or a file; empty if it was something else."""
     text = str(error)

@@ -74,18 +74,22 @@ def say(job: str, text: str) -> None:
     print(f"{job}: {text}", flush=True)
 
 
-def main(job: Job, argv: Sequence[str] | None = None) -> int:
-    """Run a job from the command line; 0 if its result is there, 2 if its input cannot be used."""
+def main(job: Job, argv: Sequence[str] | None = None, keep: bool = False) -> int:
+    """Run a job from the command line; 0 if its result is there, 2 if its input cannot be used.
+
+    Args:
+        keep: leave Spark running, and work in what an earlier job left running.
+    """
     given = arguments.parser(job.name, job.summary, job.config, job.inputs, job.optional).parse_args(argv)
     try:
-        _run(job, given)
+        _run(job, given, keep)
     except ValueError as error:
         print(f"{job.name}: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
-def _run(job: Job, given: Any) -> None:
+def _run(job: Job, given: Any, keep: bool) -> None:
     began = time.monotonic()
     config: Any = build(job.config, arguments.settings(given.config, given.settings))
     config, inputs = job.prepare(config, open_inputs(job, {name: getattr(given, name) for name in job.inputs}))
@@ -95,7 +99,7 @@ def _run(job: Job, given: Any) -> None:
         say(job.output.name.rpartition(".")[2], "up to date")
         manifest = read_manifest(out, job.output)
     else:
-        manifest = execute(job, config, inputs, out, given)
+        manifest = execute(job, config, inputs, out, given, keep)
     metrics.record(manifest, time.monotonic() - began)
     if given.metrics_file:
         metrics.write(given.metrics_file)
@@ -112,22 +116,30 @@ def open_inputs(job: Job, uris: Mapping[str, str]) -> Inputs:
     return Inputs(folders, manifests, {name: manifest.content_digest for name, manifest in manifests.items()})
 
 
-def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any) -> Manifest:
-    """Start Spark, run the job and commit its result."""
+def execute(job: Job, config: Any, inputs: Inputs, out: Folder, given: Any, keep: bool) -> Manifest:
+    """Start Spark (or find it running, if it is to be kept), run the job and commit its result."""
     from spark_jobs import progress, session
 
     began = time.monotonic()
-    spark = session.start(
-        job.name, given.master, given.driver_memory, given.shuffle_partitions, arguments.properties(given.conf)
-    )
-    say(job.name, f"Spark {spark.version} on {spark.sparkContext.master} after {time.monotonic() - began:.1f} s")
+    spark = session.running() if keep else None
+    if spark is None:
+        name = "pipeline" if keep else job.name
+        properties = arguments.properties(given.conf)
+        spark = session.start(name, given.master, given.driver_memory, given.shuffle_partitions, properties)
+        waited = f" after {time.monotonic() - began:.1f} s"
+    else:
+        waited = ", still running"
+    say(job.name, f"Spark {spark.version} on {spark.sparkContext.master}{waited}")
     try:
         with plainly():
             with progress.shown(spark, partial(say, job.name)):
                 output = job.run(spark, config, inputs, out)
             manifest = publish(job, config, inputs, out, output)
     finally:
-        spark.stop()
+        if keep:
+            session.forget(spark)
+        else:
+            spark.stop()
     seconds = time.monotonic() - began
     say(job.name, f"{manifest.rows():,} rows in {len(manifest.files)} files, {seconds:.1f} s -> {out.uri}")
     return manifest

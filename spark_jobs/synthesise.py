@@ -132,9 +132,9 @@ JOB = Job(
 )  # fmt: skip
 
 
-def cli(argv: Sequence[str] | None = None) -> int:
-    """The job as a command."""
-    return main(JOB, argv)
+def cli(argv: Sequence[str] | None = None, keep: bool = False) -> int:
+    """The job as a command; ``keep`` leaves Spark running for the next one."""
+    return main(JOB, argv, keep)
 
 
 if __name__ == "__main__":

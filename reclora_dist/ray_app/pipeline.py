@@ -6,7 +6,7 @@ A stage imports what it needs when it runs: a run with nothing to do loads no mo
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from reclora_dist.contract.storage import Folder
 from reclora_dist.ray_app.meters import RayMeters
 from reclora_dist.ray_app.scrape import Scraper, series_of
 from reclora_dist.ray_app.session import connect
-from reclora_dist.ray_app.spark import run_job
+from reclora_dist.ray_app.spark import SparkJobs
 from reclora_dist.telemetry.memory import PeakMemory
 from reclora_dist.telemetry.meters import Meters, NullMeters
 
@@ -28,10 +28,11 @@ STATE = "timings.json"
 
 @dataclass
 class Session:
-    """One run of the pipeline: the cluster, once a stage needed it, and what was measured."""
+    """One run of the pipeline: Spark and the cluster, once a stage needs them, and what was measured."""
 
     config: Config
     stack: ExitStack
+    spark: SparkJobs
     scraper: Scraper | None = None
     emitted: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
@@ -87,10 +88,13 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
     check_config(config)
     home = Folder(config.paths.run)
     timings = _read_state(home)
-    with ExitStack() as stack, PeakMemory() as memory:
-        session = Session(config, stack, rates=dict(timings.get("samples_per_s", {})))
-        for stage in (stage for stage in plan(config) if stage.name.startswith(tuple(names))):
+    with ExitStack() as stack, PeakMemory() as memory, closing(SparkJobs(config)) as spark:
+        session = Session(config, stack, spark, rates=dict(timings.get("samples_per_s", {})))
+        stages = [stage for stage in plan(config) if stage.name.startswith(tuple(names))]
+        for done, stage in enumerate(stages, 1):
             _run_stage(stage, session, timings)
+            if all(later.target for later in stages[done:]):
+                spark.close()  # training needs its memory
             timings["samples_per_s"] = session.rates
             timings["peak_memory_mib"] = max(memory.mib, timings.get("peak_memory_mib", 0))
             home.write(STATE, json.dumps(timings, indent=1).encode())
@@ -127,7 +131,7 @@ def _run_stage(stage: Stage, session: Session, timings: dict[str, Any]) -> None:
 
 
 def _synthesise(session: Session) -> bool:
-    return run_job(session.config, "synthesise", session.config.synthesise, {}, "raw")
+    return session.spark.run("synthesise", session.config.synthesise, {}, "raw")
 
 
 def raw_path(config: Config) -> str:
@@ -136,7 +140,7 @@ def raw_path(config: Config) -> str:
 
 
 def _events(session: Session) -> bool:
-    return run_job(session.config, "build_events", session.config.events, {"raw": raw_path(session.config)}, "events")
+    return session.spark.run("build_events", session.config.events, {"raw": raw_path(session.config)}, "events")
 
 
 def _backbone(session: Session) -> None:
@@ -155,19 +159,19 @@ def _vectors(session: Session) -> None:
 def _histories(session: Session) -> bool:
     config = session.config
     inputs = {name: folder(config, name).uri for name in ("events", "vectors")}
-    return run_job(config, "retrieve_history", config.retrieval, inputs, "histories")
+    return session.spark.run("retrieve_history", config.retrieval, inputs, "histories")
 
 
 def _shards(session: Session) -> bool:
     config = session.config
     inputs = {name: folder(config, name).uri for name in ("events", "histories")}
-    return run_job(config, "write_shards", config.shards, inputs, "shards")
+    return session.spark.run("write_shards", config.shards, inputs, "shards")
 
 
 def _quality(session: Session) -> bool:
     config = session.config
     inputs = {name: folder(config, name).uri for name in ("events", "shards")}
-    return run_job(config, "report_quality", config.quality, inputs, "quality")
+    return session.spark.run("report_quality", config.quality, inputs, "quality")
 
 
 def _train(session: Session, stage: str, adapter: str = "") -> None:

@@ -12,6 +12,7 @@ import pytest
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import EVENTS, HISTORIES, SHARDS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.__main__ import ENDED
 
 ROOT = Path(__file__).parents[2]
 DATASETS = {"events": EVENTS, "histories": HISTORIES, "shards": SHARDS}
@@ -33,15 +34,6 @@ def failing(file, mode="r", *more, **named):
 builtins.open = failing
 """
 """A sitecustomize.py for executors: a task's first attempt fails when it writes its first file."""
-
-ONE_AFTER_THE_OTHER = """
-import importlib, json, sys
-
-for name, *arguments in json.loads(sys.argv[1]):
-    if importlib.import_module(f"spark_jobs.{name}").cli(arguments):
-        sys.exit(2)
-"""
-"""Commands in one process."""
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -85,10 +77,12 @@ def test_on_one_core_where_the_first_attempt_of_every_task_that_writes_fails(fin
     left_out = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_PYTHON")
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
     done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(jobs)],
+        [sys.executable, "-m", "spark_jobs"], input="".join(json.dumps(job) + "\n" for job in jobs),
         cwd=ROOT, env={**environment, "MARKERS": str(markers)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" after ") == 1 and done.stdout.count(", still running") == 2, "one application"
+    assert done.stdout.count(f"{ENDED}0\n") == 3
     assert digests(tmp_path) == digests(finished.folder)
     failed = {marker.name for marker in markers.iterdir()}
     for name, form in DATASETS.items():
