@@ -4,9 +4,9 @@
     make bench NAME=retrieval ARGS="--sizes 1 5 --versus 5"       a shorter one
 
 Logs come from `spark_jobs.synthesise`, with users in proportion to events and a fixed number of items; item vectors are
-random. Ours is the three jobs one after the other, as commands, from raw Parquet to CRM shards. The rivals are the
-scripts in benchmarks/rivals, each a process of its own; all write the same rows, which is checked before times are
-compared. Rounds are taken in turns. Needs the extra `bench`: .venv/bin/pip install -c constraints.txt -e '.[bench]'.
+random. Ours is the three jobs in one Spark application, as the pipeline runs them, from raw Parquet to CRM shards. The
+rivals are the scripts in benchmarks/rivals, each a process of its own; all write the same rows, which is checked before
+times are compared. Rounds are taken in turns. Needs the extra `bench`: .venv/bin/pip install -c constraints.txt -e '.[bench]'.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from reclora_dist.contract.manifest import Manifest, commit, read_manifest
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.retrieval import Past, Semantic, SimHash, on_grid, retrieve
+from spark_jobs.__main__ import ENDED
 from spark_jobs.transforms.histories import before
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,7 @@ def measured(home: Path, size: float, rivals: Sequence[str], rounds: int) -> dic
         "microseconds_per_sample": round(best.seconds / samples * 1e6, 2),
         "kernel_seconds": round(kernel_seconds, 1),
         "kernel_share": round(kernel_seconds / best.stages["retrieve_history"], 3),
-        "tasks": task_times(home / "log" / "retrieve_history"),
+        "tasks": task_times(home / "log"),
     }
     if rivals:
         wanted = checksum(home / "shards" / "crm")
@@ -139,43 +140,77 @@ def synthesise(raw: Path, size: float, heavy_user: float = 0.0) -> Path:
         f"heavy_user={heavy_user}",
         "days=365",
     ]
-    job("synthesise", raw, settings, {})
+    with Application() as spark:
+        spark.run("synthesise", raw, settings, {})
     return raw
 
 
 def build(raw: Path, home: Path) -> Cost:
     """Our three jobs from raw log to shards; vectors are made between them, untimed."""
-    whole = Cost()
     events, vectors, histories = home / "events", home / "vectors", home / "histories"
     for stage in ("events", "histories", "shards", "log"):
         shutil.rmtree(home / stage, ignore_errors=True)
+    (home / "log").mkdir(parents=True)
     settings = ["source.events=events", "source.items=", "k_core=0", "rating_levels=[1,2,3,4,5]"]
-    steps: list[tuple[str, Path, list[str], dict[str, Path]]] = [
-        ("build_events", events, settings, {"raw": raw}),
-        ("retrieve_history", histories, [f"long={LONG}", f"short={SHORT}"], {"events": events, "vectors": vectors}),
-        ("write_shards", home / "shards", ["text_train=0.08"], {"events": events, "histories": histories}),
-    ]
-    for name, out, chosen, inputs in steps:
-        cost = job(name, out, chosen, inputs, home / "log" / name)
-        whole.stages[name] = round(cost.seconds, 1)
-        whole.seconds = round(whole.seconds + cost.seconds, 1)
-        whole.process_mib = max(whole.process_mib, cost.process_mib)
-        whole.total_mib = max(whole.total_mib, cost.total_mib)
-        if name == "build_events":
-            write_vectors(events, vectors)
-    return whole
+    with Application(home / "log") as spark:
+        spark.run("build_events", events, settings, {"raw": raw})
+        write_vectors(events, vectors)
+        spark.resume()
+        spark.run(
+            "retrieve_history", histories, [f"long={LONG}", f"short={SHORT}"], {"events": events, "vectors": vectors}
+        )
+        spark.run("write_shards", home / "shards", ["text_train=0.08"], {"events": events, "histories": histories})
+    return spark.cost
 
 
-def job(name: str, out: Path, settings: Sequence[str], inputs: dict[str, Path], log: Path | None = None) -> Cost:
-    """One Spark job as a command."""
-    command = [sys.executable, "-m", f"spark_jobs.{name}", "--out", str(out), *SPARK]
-    command += [part for setting in settings for part in ("--set", setting)]
-    command += [part for option, path in inputs.items() for part in (f"--{option}", str(path))]
-    if log:
-        log.mkdir(parents=True)
-        command += ["--conf", "spark.eventLog.enabled=true", "--conf", f"spark.eventLog.dir=file://{log}"]
-        command += ["--conf", "spark.eventLog.compress=false", "--conf", "spark.eventLog.rolling.enabled=false"]
-    return run(command)
+class Application:
+    """Jobs in one Spark application, timed one by one; the first has its start, the whole also its end."""
+
+    def __init__(self, log: Path | None = None) -> None:
+        self.cost = Cost()
+        self._options = [*SPARK, *(event_log(log) if log else [])]
+
+    def __enter__(self) -> "Application":
+        self._started = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "spark_jobs"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._watcher = threading.Thread(target=watch, args=(self._process, self.cost))
+        self._watcher.start()
+        return self
+
+    def run(self, name: str, out: Path, settings: Sequence[str], inputs: dict[str, Path]) -> None:
+        """Run a job."""
+        command = [name, "--out", str(out), *self._options]
+        command += [part for setting in settings for part in ("--set", setting)]
+        command += [part for option, path in inputs.items() for part in (f"--{option}", str(path))]
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        if not any(line == f"{ENDED}0\n" for line in self._process.stdout):
+            raise SystemExit(f"{name} failed")
+        self._add(name)
+
+    def resume(self) -> None:
+        """What happened since the last job is not counted."""
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._watcher.join()
+        self._add("end")
+
+    def _add(self, name: str) -> None:
+        spent = time.perf_counter() - self._started
+        self.cost.stages[name] = round(spent, 1)
+        self.cost.seconds = round(self.cost.seconds + spent, 1)
+        self._started = time.perf_counter()
+
+
+def event_log(folder: Path) -> list[str]:
+    """Arguments that make Spark write its event log, as one plain file."""
+    wanted = {"enabled": "true", "dir": f"file://{folder}", "compress": "false", "rolling.enabled": "false"}
+    return [part for key, value in wanted.items() for part in ("--conf", f"spark.eventLog.{key}={value}")]
 
 
 def rival(name: str, raw: Path, home: Path) -> Cost:
@@ -276,18 +311,17 @@ def kernel_of_part(part: Path, vectors: Path) -> float:
 
 
 def task_times(log: Path) -> dict:
-    """How long the tasks of the longest stage took, from Spark's event log."""
-    stages: dict[int, list[float]] = defaultdict(list)
-    for file in log.rglob("*"):
-        for line in file.read_text().splitlines() if file.is_file() else ():
-            event = json.loads(line)
-            if event["Event"] == "SparkListenerTaskEnd":
-                info = event["Task Info"]
-                stages[event["Stage ID"]].append((info["Finish Time"] - info["Launch Time"]) / 1000)
-    longest = max(stages.values(), key=sum)
-    median = statistics.median(longest)
-    p99 = float(np.percentile(longest, 99))
-    return {"tasks": len(longest), "median_s": median, "p99_s": p99, "p99_over_median": round(p99 / median, 2)}
+    """How long the tasks took that retrieve, from Spark's event log."""
+    (file,) = log.iterdir()
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    named = {e["Stage Info"]["Stage ID"]: e["Stage Info"]["Stage Name"] for e in events if "Stage Info" in e}
+    tasks = [
+        (e["Task Info"]["Finish Time"] - e["Task Info"]["Launch Time"]) / 1000
+        for e in events
+        if e["Event"] == "SparkListenerTaskEnd" and "retrieve_history.py" in named[e["Stage ID"]]
+    ]
+    median, p99 = statistics.median(tasks), float(np.percentile(tasks, 99))
+    return {"tasks": len(tasks), "median_s": median, "p99_s": p99, "p99_over_median": round(p99 / median, 2)}
 
 
 def heavy(folder: Path, size: float) -> dict:
@@ -298,7 +332,7 @@ def heavy(folder: Path, size: float) -> dict:
         home = folder / f"heavy-{name}-{size:g}m"
         costs[name] = build(synthesise(home / "raw", scale, share), home)
         shutil.rmtree(home / "shards")
-        tasks = task_times(home / "log" / "retrieve_history")
+        tasks = task_times(home / "log")
         costs[name].stages["p99_over_median"] = tasks["p99_over_median"]
     ratio = costs["with"].seconds / costs["without"].seconds
     return {"ratio": round(ratio, 3), **{name: vars(cost) for name, cost in costs.items()}}
