@@ -6,7 +6,8 @@
 Logs come from `spark_jobs.synthesise`, with users in proportion to events and a fixed number of items; item vectors are
 random. Ours is the three jobs in one Spark application, as the pipeline runs them, from raw Parquet to CRM shards. The
 rivals are the scripts in benchmarks/rivals, each a process of its own; all write the same rows, which is checked before
-times are compared. Rounds are taken in turns. Needs the extra `bench`: .venv/bin/pip install -c constraints.txt -e '.[bench]'.
+times are compared. Rounds are taken in turns. Needs the extra `bench`:
+.venv/bin/pip install -c constraints.txt -e '.[bench]'.
 """
 
 import argparse
