@@ -271,16 +271,16 @@ def write_vectors(events: Path, out: Path) -> None:
 def checksum(folder: Path) -> tuple[int, int]:
     """Rows of a dataset, and a sum of hashes of each row's id, label, statistics and history, whatever their order."""
     weights = np.random.default_rng(0).integers(1, 2**63, LONG * 2 + 6, dtype=np.uint64) | np.uint64(1)
-    rows, total = 0, np.uint64(0)
+    rows, total = 0, 0
     columns = ["sample_id", "label", "statistics", "long_items", "long_levels"]
     for batch in ds.dataset(folder, partitioning=None, format="parquet").to_batches(columns=columns):
         lists = [batch[name].flatten().to_numpy().astype(np.uint64) for name in columns[2:]]
         parts = [batch[name].to_numpy().astype(np.uint64)[:, None] for name in columns[:2]]
         table = np.concatenate(parts + [values.reshape(len(batch), -1) for values in lists], axis=1)
         mixed = (table * weights[: table.shape[1]]).sum(axis=1, dtype=np.uint64)
-        total += ((mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)).sum(dtype=np.uint64)
+        total += int(((mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)).sum(dtype=np.uint64))
         rows += len(batch)
-    return rows, int(total)
+    return rows, total % 2**64
 
 
 def bare_kernel(home: Path) -> float:
