@@ -1,6 +1,6 @@
 """Several jobs in one Spark application: the JVM, the executors and the Python workers start once.
 
-    printf '%s\n' '["build_events", "--raw", "logs", "--out", "events"]' | python -m spark_jobs
+    echo '["build_events", "--raw", "logs", "--out", "events"]' | python -m spark_jobs
 
 Reads one command per line from standard input, a JSON list of a job's name and its arguments, and after each prints
 ``ENDED`` and the job's exit code. Spark starts with the first command that has work to do, with that command's options,
@@ -11,6 +11,8 @@ import importlib
 import json
 import sys
 from collections.abc import Iterable
+
+JOBS = ("synthesise", "build_events", "retrieve_history", "write_shards", "report_quality")
 
 ENDED = "spark_jobs: ended with "
 """What the line after a command begins with."""
@@ -26,6 +28,9 @@ def serve(commands: Iterable[str]) -> int:
     try:
         for command in commands:
             name, *arguments = json.loads(command)
+            if name not in JOBS:
+                print(f"spark_jobs: error: no job {name!r}; choose one of {', '.join(JOBS)}", file=sys.stderr)
+                return 2
             code = importlib.import_module(f"spark_jobs.{name}").cli(arguments, keep=True)
             print(f"{ENDED}{code}", flush=True)
             if code:
@@ -46,4 +51,7 @@ def _stop() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(__doc__)
+        sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)
     sys.exit(serve(sys.stdin))
