@@ -33,7 +33,7 @@ from reclora_dist.contract.manifest import Manifest, commit, read_manifest
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.retrieval import Past, Semantic, SimHash, on_grid, retrieve
-from spark_jobs.__main__ import ENDED
+from spark_jobs.application import Application
 from spark_jobs.transforms.histories import before
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ def synthesise(raw: Path, size: float, heavy_user: float = 0.0) -> Path:
         f"heavy_user={heavy_user}",
         "days=365",
     ]
-    with Application() as spark:
+    with Jobs() as spark:
         spark.run("synthesise", raw, settings, {})
     return raw
 
@@ -153,7 +153,7 @@ def build(raw: Path, home: Path) -> Cost:
         shutil.rmtree(home / stage, ignore_errors=True)
     (home / "log").mkdir(parents=True)
     settings = ["source.events=events", "source.items=", "k_core=0", "rating_levels=[1,2,3,4,5]"]
-    with Application(home / "log") as spark:
+    with Jobs(home / "log") as spark:
         spark.run("build_events", events, settings, {"raw": raw})
         write_vectors(events, vectors)
         spark.resume()
@@ -164,31 +164,26 @@ def build(raw: Path, home: Path) -> Cost:
     return spark.cost
 
 
-class Application:
+class Jobs:
     """Jobs in one Spark application, timed one by one; the first has its start, the whole also its end."""
 
     def __init__(self, log: Path | None = None) -> None:
         self.cost = Cost()
         self._options = [*SPARK, *(event_log(log) if log else [])]
 
-    def __enter__(self) -> "Application":
+    def __enter__(self) -> "Jobs":
         self._started = time.perf_counter()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "spark_jobs"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._watcher = threading.Thread(target=watch, args=(self._process, self.cost))
+        self._application = Application()
+        self._watcher = threading.Thread(target=watch, args=(self._application.process, self.cost))
         self._watcher.start()
         return self
 
     def run(self, name: str, out: Path, settings: Sequence[str], inputs: dict[str, Path]) -> None:
         """Run a job."""
-        command = [name, "--out", str(out), *self._options]
-        command += [part for setting in settings for part in ("--set", setting)]
-        command += [part for option, path in inputs.items() for part in (f"--{option}", str(path))]
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        if not any(line == f"{ENDED}0\n" for line in self._process.stdout):
-            raise SystemExit(f"{name} failed")
+        arguments = ["--out", str(out), *self._options]
+        arguments += [part for setting in settings for part in ("--set", setting)]
+        arguments += [part for option, path in inputs.items() for part in (f"--{option}", str(path))]
+        list(self._application.run(name, arguments))
         self._add(name)
 
     def resume(self) -> None:
@@ -196,8 +191,7 @@ class Application:
         self._started = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._application.close()
         self._watcher.join()
         self._add("end")
 

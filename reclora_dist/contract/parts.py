@@ -1,7 +1,7 @@
 """Parquet parts of a dataset: written whole under a name that carries their digest, read back verified."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import pyarrow as pa
@@ -14,11 +14,20 @@ from reclora_dist.contract.storage import Folder
 def write_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_per_group: int) -> FileEntry:
     """Write ``table`` as ``{prefix}part-{index}-{digest}.parquet`` (zstd, row groups of ``rows_per_group``)."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=rows_per_group, compression="zstd")
+    dictionary = list(_of_few_values(table.schema))
+    pq.write_table(table, sink, row_group_size=rows_per_group, compression="zstd", use_dictionary=dictionary)
     content = sink.getvalue().to_pybytes()
     groups = [min(rows_per_group, table.num_rows - start) for start in range(0, table.num_rows, rows_per_group)]
     name = f"{prefix}part-{index:05d}-{file_entry('', content).sha256[:12]}.parquet"
     return add_file(folder, name, content, groups)
+
+
+def _of_few_values(schema: pa.Schema) -> Iterator[str]:
+    """The columns that a dictionary makes smaller. Of ids and times it would be built and thrown away."""
+    for field in schema:
+        listed = isinstance(field.type, pa.ListType | pa.FixedSizeListType)
+        if not pa.types.is_integer(kind := field.type.value_type if listed else field.type) or pa.types.is_int8(kind):
+            yield f"{field.name}.list.element" if listed else field.name
 
 
 def open_part(folder: Folder, entry: FileEntry) -> pq.ParquetFile:

@@ -4,30 +4,23 @@ import ctypes
 import dataclasses
 import json
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
-from spark_jobs.__main__ import ENDED
+from spark_jobs.application import Application
 
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-class JobFailed(ValueError):
-    """A Spark job ended with an error, which it has printed."""
-
-
 class SparkJobs:
-    """Jobs of ``spark_jobs``, one after the other in one Spark application: a process of its own, whose JVM and memory
-    go when it is closed. It starts with the first job.
-    """
+    """Jobs of ``spark_jobs``, one after the other in one Spark application, which starts with the first job."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._process: subprocess.Popen[str] | None = None
+        self._application: Application | None = None
 
     def run(self, job: str, section: Any, inputs: Mapping[str, str], output: str) -> bool:
         """Run ``spark_jobs.<job>`` with a config section; print what it prints.
@@ -42,43 +35,24 @@ class SparkJobs:
         Raises:
             JobFailed: the job ended with an error.
         """
-        command = [job, "--config", json.dumps(dataclasses.asdict(section))]
+        arguments = ["--config", json.dumps(dataclasses.asdict(section))]
         for name, uri in inputs.items():
-            command += [f"--{name}", uri]
-        command += ["--out", folder(self._config, output).uri, *_spark_options(self._config)]
+            arguments += [f"--{name}", uri]
+        arguments += ["--out", folder(self._config, output).uri, *_spark_options(self._config)]
         if "://" not in self._config.paths.run:
-            command += ["--metrics-file", str(folder(self._config, "metrics").local() / f"{job}.prom")]
-        return not self._ask(job, command)
+            arguments += ["--metrics-file", str(folder(self._config, "metrics").local() / f"{job}.prom")]
+        self._application = self._application or Application(_end_with_parent)
+        current = False
+        for line in self._application.run(job, arguments):
+            current = current or "up to date" in line
+            print(line, end="", flush=True)
+        return not current
 
     def close(self) -> None:
         """End the application, if one is running."""
-        if self._process:
-            with self._process as process:
-                assert process.stdin is not None
-                process.stdin.close()
-            self._process = None
-
-    def _ask(self, job: str, command: Sequence[str]) -> bool:
-        """Whether the job found its result up to date."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "spark_jobs"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_end_with_parent,
-            )  # fmt: skip
-        process, current, code = self._process, False, ""
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(command) + "\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith(ENDED):
-                code = line.removeprefix(ENDED).strip()
-                break
-            current = current or "up to date" in line
-            print(line, end="", flush=True)
-        if code != "0":
-            code = code or str(process.wait())
-            raise JobFailed(f"Spark job {job} ended with exit code {code}; its message stands above")
-        return current
+        if self._application:
+            self._application.close()
+            self._application = None
 
 
 def _spark_options(config: Config) -> list[str]:

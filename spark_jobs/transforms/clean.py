@@ -106,7 +106,8 @@ def _event_reason(value: Column, levels: Sequence[float], clock: bool) -> Column
 def _repeats(frame: DataFrame, key: Sequence[str], reason: str) -> DataFrame:
     """Give all but the first good row of each key the REASON ``reason``; first means first in file order."""
     fine = F.col(REASON).isNull()
+    # The hash tells most rows apart at the first look, where ids begin alike and every comparison would read on.
     # Every bad row has a window of its own: all missing ids in one window would be one huge task.
-    window = Window.partitionBy(*key, F.when(~fine, F.col(PLACE))).orderBy(PLACE)
+    window = Window.partitionBy(F.xxhash64(*key), *key, F.when(~fine, F.col(PLACE))).orderBy(PLACE)
     repeated = fine & (F.row_number().over(window) > 1)
     return frame.withColumn(REASON, F.when(repeated, F.lit(reason)).otherwise(F.col(REASON)))

@@ -26,6 +26,16 @@ def test_row_groups_are_bounded_and_recorded(folder):
     assert [stored.metadata.row_group(i).num_rows for i in range(stored.num_row_groups)] == [10, 10, 5]
 
 
+def test_every_row_group_has_statistics_and_few_values_a_dictionary(folder):
+    levels = pa.array([[1, 2]] * 20, pa.list_(pa.int8(), 2))
+    columns = {"user": pa.array(range(20), pa.int32()), "level": levels, "split": pa.array(["train"] * 20)}
+    stored = open_part(folder, write_part(folder, "", 0, pa.table(columns), 10)).metadata
+    users = [stored.row_group(group).column(0).statistics for group in range(2)]
+    assert [(found.min, found.max, found.null_count) for found in users] == [(0, 9, 0), (10, 19, 0)]
+    encodings = [set(stored.row_group(0).column(place).encodings) for place in range(3)]
+    assert ["RLE_DICTIONARY" in found for found in encodings] == [False, True, True]
+
+
 def test_equal_contents_have_equal_names(folder):
     first, again, other = (write_part(folder, "", 0, table(0, n), 10) for n in (5, 5, 6))
     assert first == again

@@ -114,9 +114,18 @@ def test_a_second_run_skips_what_is_up_to_date(finished: Finished, tmp_path: Pat
 def test_a_run_that_was_killed_again_and_again_ends_like_the_undisturbed_one(
     finished: Finished, tmp_path: Path, exhaustive: bool
 ) -> None:
-    """From an empty folder, SIGKILL inside the stages in turn; each next run goes on from there."""
-    run = tmp_path / "run"
-    for stage in STAGES if exhaustive else ONE_OF_A_KIND:
+    """SIGKILL inside the stages in turn; each next run goes on from there.
+
+    From an empty folder; or from one that lacks only what these stages make, so that the others are made no second
+    time: they are up to date if what was made again is what it was.
+    """
+    run, stages = tmp_path / "run", STAGES
+    if not exhaustive:
+        stages = [stage for stage in STAGES if stage in ONE_OF_A_KIND]
+        shutil.copytree(finished.run, run)
+        for stage in stages:
+            shutil.rmtree(run / ONE_OF_A_KIND[stage])
+    for stage in stages:
         kill_inside(run, stage, KILLED[stage])
     end = finish("pipeline", run).output
     for stage in STAGES[:-1]:
@@ -152,8 +161,10 @@ KILLED = {
 }
 """By what one sees that a stage is at work: a folder in which it leaves its first files, or what it says."""
 
-ONE_OF_A_KIND = ["events", "vectors", "crm", "adapter reclora", "evaluation", "service"]
-"""The others run and commit by the same code as one of these."""
+ONE_OF_A_KIND = {
+    "events": "events", "crm": "crm", "adapter reclora": "adapters/reclora", "evaluation": "evaluation",
+}  # fmt: skip
+"""Stages and the folders of what they make; the others run and commit by the same code as one of these."""
 
 
 def kill_inside(run: Path, stage: str, sign: str) -> None:

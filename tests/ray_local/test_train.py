@@ -1,21 +1,30 @@
-"""Embedding and training on a real Ray cluster with two workers: results, metrics, and a worker that is killed."""
+"""Embedding and training on a real Ray cluster with two workers, and serving what they trained, while a real Prometheus
+looks on: results, metrics, and a worker that is killed.
+
+One file, for all of it looks at one training, and the tests of a file stay in one process.
+"""
 
 import dataclasses
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import requests
+import yaml
 from sample_data import small_config
 
-from reclora_dist.config.schema import Config, EmbedConfig, PathsConfig, RayConfig
+from reclora_dist.config.schema import Config, EmbedConfig, EvaluateConfig, PathsConfig, RayConfig, ServeConfig
 from reclora_dist.config.targets import adapter_target, crm_target
 from reclora_dist.contract import schema
 from reclora_dist.contract.arrays import read_array
@@ -23,8 +32,8 @@ from reclora_dist.contract.manifest import ContractError, Manifest, commit, read
 from reclora_dist.contract.parts import read_parts, write_part
 from reclora_dist.contract.schema import ADAPTER, CRM, EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.ray_app import service
 from reclora_dist.ray_app.embed import embed_items
-from reclora_dist.ray_app.scrape import scrape
 from reclora_dist.ray_app.session import Cluster, connect
 from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.retrieval import check_grid
@@ -32,13 +41,77 @@ from reclora_dist.telemetry import names
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(workers=2, object_store_mib=100)
+MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring" / "prometheus"
 PATIENCE_S = 120.0
+LONG = {"epochs": 12, "checkpoint_every": 7}
+"""A training of the CRM that lasts long enough to be disturbed."""
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed (Debian, Ubuntu: apt install prometheus)")
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with connect(RAY) as cluster:
+    port = free_port()
+    with connect(dataclasses.replace(RAY, metrics_port=port)) as cluster:
+        assert cluster.started
+        assert [target.rpartition(":")[2] for target in cluster.metrics] == [str(port)]
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def prometheus(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a Prometheus that scrapes the cluster every second; the shipped configuration, other targets.
+
+    Empty where it is not installed: training needs none.
+    """
+    program = shutil.which("prometheus")
+    if program is None:
+        yield ""
+        return
+    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
+    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(MONITORING / "alerts.yaml")]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = list(cluster.metrics)
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    arguments = [f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("wb") as log:
+        address = f"127.0.0.1:{port}"
+        process = subprocess.Popen([program, *arguments, f"--web.listen-address={address}"], stderr=log)
+        yield f"http://{address}"
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster, prometheus: str, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a CRM and an adapter of two workers, watched from the first step on."""
+    run = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("trained") / "run"))
+    settings = config(run, **LONG)
+    assert not crm_target(settings).is_current, "the prepared one was trained without workers"
+    train_stage(settings, "crm")
+    train_stage(settings, "adapter", "reclora")
+    return run
+
+
+@pytest.fixture
+def served(trained: Path) -> Iterator[None]:
+    """Serve the adapter, score once and evaluate."""
+    url = service.run(str(trained / "adapters" / "reclora"), ServeConfig(port=0), EvaluateConfig(bootstrap=5))
+    requests.post(f"{url}/v1/score", json={"user": "u1", "candidates": ["i1", "i2"]}, timeout=60).raise_for_status()
+    requests.post(f"{url}/v1/evaluations", json={"split": "validation", "limit": 50}, timeout=60).raise_for_status()
+    yield
+    service.shutdown()
 
 
 @pytest.fixture
@@ -55,47 +128,68 @@ def crm_digest(run: Path) -> str:
     return read_manifest(Folder(str(run / "crm")), CRM).content_digest
 
 
-def test_a_crm_and_an_adapter_train_on_two_workers_and_are_seen_in_the_metrics(cluster: Cluster, run: Path) -> None:
-    settings = config(run)
-    assert not crm_target(settings).is_current, "the prepared one was trained without workers"
-    train_stage(settings, "crm")
+def test_a_crm_and_an_adapter_train_on_two_workers(trained: Path) -> None:
+    settings = config(trained, **LONG)
     assert crm_target(settings).is_current
-    train_stage(settings, "adapter", "reclora")
     assert adapter_target(settings, "reclora").is_current
-    facts = read_manifest(Folder(str(run / "adapters" / "reclora")), ADAPTER).facts
+    facts = read_manifest(Folder(str(trained / "adapters" / "reclora")), ADAPTER).facts
     assert facts["steps"] == facts["best_step"] > 5
     assert 0 < facts["validation_auc"] < 1
-    assert not list((run / "checkpoints").rglob("*.json")), "the stages are complete"
-    expected = {name for metric in TRAINING for name in names.series(metric)}
-    assert expected <= seen(cluster, expected)
+    assert not list((trained / "checkpoints").rglob("*.json")), "the stages are complete"
 
 
-TRAINING = [metric for metric in names.ALL if metric.name.startswith("reclora_train")]
+def samples(prometheus: str, query: str) -> list[dict[str, Any]]:
+    """The result of an instant query, as soon as there is one."""
+    deadline = time.monotonic() + PATIENCE_S
+    result: list[dict[str, Any]] = []
+    while not result and time.monotonic() < deadline:
+        try:
+            answer = requests.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=10).json()
+        except requests.ConnectionError:  # it is still starting
+            answer = {"data": {"result": []}}
+        result = answer["data"]["result"]
+        time.sleep(0.0 if result else 0.5)
+    assert result, f"Prometheus has nothing for {query}"
+    return result
 
 
-def seen(cluster: Cluster, expected: set[str]) -> set[str]:
-    """Series at the metrics endpoints, as soon as all expected ones were there."""
-    found, end = scrape(cluster), time.monotonic() + 20
-    while not expected <= found and time.monotonic() < end:
-        time.sleep(1)
-        found |= scrape(cluster)
-    return found
+def test_prometheus_finds_every_series_with_its_labels_and_the_values_of_the_run(
+    prometheus: str, trained: Path, served: None
+) -> None:
+    tool("prometheus")
+    watched = [metric for metric in names.ALL if not metric.name.startswith("reclora_spark_")]
+    assert len(watched) > 10
+    for metric in watched:
+        for name in names.series(metric):
+            labels = samples(prometheus, f"last_over_time({name}[5m])")[0]["metric"]
+            assert set(metric.labels) <= set(labels), name
+    steps = samples(prometheus, 'last_over_time(ray_reclora_train_steps_total{stage="crm"}[5m])')
+    assert float(steps[0]["value"][1]) == read_manifest(Folder(str(trained / "crm")), CRM).facts["steps"]
+    candidates = samples(prometheus, "ray_reclora_serve_candidates_total")
+    assert float(candidates[0]["value"][1]) == 2
+    auc = samples(prometheus, 'ray_reclora_evaluation_metric{metric="auc",split="validation",model="reclora"}')
+    assert 0 <= float(auc[0]["value"][1]) <= 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("check", "config", "prometheus.yaml"), ("check", "rules", "alerts.yaml"), ("test", "rules", "alerts_test.yaml")],
+)
+def test_promtool_accepts_what_we_ship(command: tuple[str, str, str]) -> None:
+    done = subprocess.run([tool("promtool"), *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(
-    cluster: Cluster, run: Path, capfd: pytest.CaptureFixture[str]
+    cluster: Cluster, trained: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config(run, epochs=12, checkpoint_every=7)
-    train_stage(settings, "crm")
-    undisturbed = crm_digest(run)
-    shutil.rmtree(run / "crm")
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(run / "checkpoints", killed), daemon=True)
     killer.start()
-    train_stage(settings, "crm")
+    train_stage(config(run, **LONG), "crm")
     killer.join(timeout=5)
     assert killed, "no worker was killed: the run was over before its first checkpoint was seen"
-    assert crm_digest(run) == undisturbed
+    assert crm_digest(run) == crm_digest(trained)
 
 
 def kill_a_worker(checkpoints: Path, killed: list[int]) -> None:

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     jit = {"spark.driver.defaultJavaOptions": "-XX:+UseSerialGC"}  # one long session: the best machine code pays
-    started = session.start("tests", "local[2]", "1g", 3, {"spark.ui.showConsoleProgress": "false", **jit})
+    started = session.start("tests", "local[2]", "1g", 2, {"spark.ui.showConsoleProgress": "false", **jit})
     yield started
     started.stop()
 

@@ -21,6 +21,7 @@ from reclora_dist.config.schema import QualityConfig
 from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest, verified
 from reclora_dist.contract.schema import EVENTS, QUALITY, SHARDS, SPLITS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.__main__ import ENDED
 from spark_jobs.report import histogram, tally
 from spark_jobs.report.drift import COMPARED, KEPT, drift, stability
 from spark_jobs.report.periods import DAY, LONGEST, SLICES, Periods, slices, spans
@@ -353,26 +354,24 @@ def test_the_page_needs_nothing_else_and_shows_ids_as_text(run, small: Path, tmp
 def test_the_command_is_deterministic_up_to_date_and_ends_with_2(
     small: Path, good: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
-    def command(*settings: str) -> subprocess.CompletedProcess[str]:
-        given = [f"--{name}={path}" for name, path in inputs_of(small).items()]
-        options = ["--master=local[1]", "--shuffle-partitions=7", "--metrics-file", str(tmp_path / "job.prom")]
-        job = [sys.executable, "-m", "spark_jobs.report_quality", *given, *options, "--out", str(tmp_path / "quality")]
-        return subprocess.run([*job, *settings], cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    first = command()
-    assert first.returncode == 0, first.stderr
+    """The same command twice and one that fails, in one Spark application."""
+    given = [f"--{name}={path}" for name, path in inputs_of(small).items()]
+    options = ["--master=local[1]", "--shuffle-partitions=7", "--metrics-file", str(tmp_path / "job.prom")]
+    command = ["report_quality", *given, *options, "--out", str(tmp_path / "quality")]
+    commands = "".join(json.dumps(line) + "\n" for line in (command, command, [*command, "--set", "min_users=61"]))
+    done = subprocess.run(
+        [sys.executable, "-m", "spark_jobs"], input=commands, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    first, again, failed, rest = re.split(rf"^{ENDED}(?=\d)", done.stdout, flags=re.MULTILINE)
+    assert [again[0], failed[0], rest] == ["0", "0", "2\n"] and done.returncode == 2, done.stderr
     made = read_manifest(Folder(str(tmp_path / "quality")), QUALITY)
     assert made.content_digest == good[1].content_digest, "one worker and other partitions: the same bytes"
-    assert f"all 14 thresholds hold; report: {tmp_path / 'quality' / 'quality.html'}" in first.stdout
+    assert f"all 14 thresholds hold; report: {tmp_path / 'quality' / 'quality.html'}" in first
     assert 'table=""' not in (tmp_path / "job.prom").read_text()
     for file in ("quality.json", "quality.html", "manifest.json"):
         assert str(small) not in (tmp_path / "quality" / file).read_text()
-    before = (tmp_path / "quality" / "manifest.json").stat().st_mtime_ns
-    assert command().stdout == "quality: up to date\n"
-    failed = command("--set", "min_users=61")
-    assert failed.returncode == 2
-    assert "report_quality: error: the build crosses 1 of its 14 thresholds:\n  number of users 60" in failed.stderr
-    assert (tmp_path / "quality" / "manifest.json").stat().st_mtime_ns == before
+    assert again == "0\nquality: up to date\n"
+    assert "report_quality: error: the build crosses 1 of its 14 thresholds:\n  number of users 60" in done.stderr
     assert (tmp_path / "quality" / "failed.html").exists()
 
 
