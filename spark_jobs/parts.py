@@ -1,5 +1,6 @@
 """Parts of a dataset written and read by executors, so that no row passes through the driver."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -29,11 +30,11 @@ ENTRY = "path string, row_groups array<bigint>, bytes bigint, sha256 string"
 def write_parts(
     frame: DataFrame, folder: Folder, prefix: str, schema: pa.Schema, order: Sequence["ColumnOrName"]
 ) -> list[FileEntry]:
-    """Write ``frame`` as parts numbered by its int column ``part``, rows in ``order``.
+    """Write ``frame`` as parts numbered by its int column ``part``, rows in ``order``; along it ``part`` never falls.
 
     Content and names depend on the rows alone, not on how Spark happens to partition them.
     """
-    spread = frame.repartitionById(_partitions(frame.sparkSession), "part").sortWithinPartitions("part", *order)
+    spread = frame.repartitionById(_partitions(frame.sparkSession), "part").sortWithinPartitions(*order)
     write = partial(_write, folder, prefix, schema)
     return collect_entries(spread.select("part", *schema.names).mapInArrow(write, ENTRY))
 
@@ -90,9 +91,18 @@ def _variable(kind: pa.DataType) -> pa.DataType:
     return pa.list_(kind.value_type) if pa.types.is_fixed_size_list(kind) else kind
 
 
+def _spare_collector() -> None:
+    """Leave what a Python worker has imported out of the garbage collection that Spark asks for after every task: it
+    takes longer than a small task.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
 def _each(
     work: Callable[[int], Iterable[pa.RecordBatch]], batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
+    _spare_collector()
     for batch in batches:
         for index in batch.column("id").to_pylist():
             yield from work(index)
@@ -108,6 +118,7 @@ def _read(folder: Folder, entries: list[FileEntry], schema: pa.Schema, index: in
 def _write(
     folder: Folder, prefix: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
+    _spare_collector()
     for part, table in by_part(batches):
         whole = table.select(schema.names).cast(schema)
         yield entry_batch([write_part(folder, prefix, part, whole, ROWS_PER_GROUP)])

@@ -1,4 +1,4 @@
-"""A raw log as Spark frames of text columns, whatever its layout; nothing is dropped or judged here."""
+"""A raw log as Spark frames in the same columns, whatever its layout; nothing is dropped or judged here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ PLACE = "_place"
 
 @dataclass(frozen=True)
 class RawLog:
-    """A log: ``events`` (user_id, item_id, rating, time: text; time_ms: bigint; fault: text or null), ``items``
-    (item_id, title and fields) and ``users`` (user_id and fields) if there are such tables; all with CORRUPT and PLACE.
-    Of a ``private`` log no row may be quoted whose columns cannot be trusted: a user's id may be anywhere in it.
+    """A log: ``events`` (user_id, item_id: text; rating, time: text or as they are stored; time_ms: bigint; fault: text
+    or null), ``items`` (item_id, title and fields) and ``users`` (user_id and fields) if there are such tables; all
+    with CORRUPT and PLACE. Of a ``private`` log no row may be quoted whose columns cannot be trusted: a user's id may
+    be anywhere in it.
     """
 
     events: DataFrame
@@ -73,6 +74,11 @@ def text(name: str) -> Column:
     return F.nullif(F.trim(F.col(f"`{name}`").cast("string")), F.lit(""))
 
 
+def _stored(frame: DataFrame, name: str) -> Column:
+    """A column as it is stored; text is trimmed."""
+    return text(name) if isinstance(frame.schema[name].dataType, T.StringType) else F.col(f"`{name}`")
+
+
 def milliseconds(name: str, kind: T.DataType, unit: str) -> Column:
     """An event time in milliseconds since the epoch, from a number in ``unit``, a timestamp, or text; else null."""
     column = F.col(f"`{name}`")
@@ -96,8 +102,8 @@ def events_of(
     return frame.select(
         text(user).alias("user_id"),
         text(item).alias("item_id"),
-        text(rating).alias("rating"),
-        (text(time) if time else nothing).alias("time"),
+        _stored(frame, rating).alias("rating"),
+        (_stored(frame, time) if time else nothing).alias("time"),
         moment.alias("time_ms"),
         (nothing if fault is None else fault).alias("fault"),
         CORRUPT,

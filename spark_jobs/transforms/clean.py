@@ -7,6 +7,7 @@ from pyspark.sql import functions as F
 
 from spark_jobs import quality
 from spark_jobs.sources.raw import CORRUPT, PLACE, RawLog
+from spark_jobs.transforms.settle import joinable, settle
 
 REASON = "reason"
 ROW = "row"
@@ -29,7 +30,7 @@ def judged_events(log: RawLog, items: DataFrame | None, levels: Sequence[float])
         unknown = F.when(F.col("known").isNull(), F.lit(quality.UNKNOWN_ITEM))
         frame = frame.join(known, "item_id", "left").withColumn(REASON, F.coalesce(REASON, unknown))
     key = ["user_id", "item_id", "time_ms"] if log.clock else ["user_id", "item_id"]
-    frame = _repeats(frame, key, quality.DUPLICATE_EVENT)
+    frame = _rare_repeats(frame, key, quality.DUPLICATE_EVENT)
     row = F.when(F.col(REASON).isNotNull(), _quoted(["user_id", "item_id", "rating", "time", CORRUPT], log.private))
     return frame.select(
         "user_id",
@@ -77,7 +78,7 @@ def untitled(items: DataFrame) -> DataFrame:
 
 def _quoted(names: Sequence[str], private: bool) -> Column:
     """A row as JSON; in a private log only its file, unless it was read well enough to be compared with others."""
-    whole = F.to_json(F.struct(*names))
+    whole = F.to_json(F.struct(*[F.col(name).cast("string").alias(name) for name in names]))
     if not private:
         return whole
     file = F.to_json(F.struct(F.substring_index(F.col(PLACE)["file"], "/", -1).alias("file")))
@@ -106,8 +107,21 @@ def _event_reason(value: Column, levels: Sequence[float], clock: bool) -> Column
 def _repeats(frame: DataFrame, key: Sequence[str], reason: str) -> DataFrame:
     """Give all but the first good row of each key the REASON ``reason``; first means first in file order."""
     fine = F.col(REASON).isNull()
-    # The hash tells most rows apart at the first look, where ids begin alike and every comparison would read on.
     # Every bad row has a window of its own: all missing ids in one window would be one huge task.
-    window = Window.partitionBy(F.xxhash64(*key), *key, F.when(~fine, F.col(PLACE))).orderBy(PLACE)
+    window = Window.partitionBy(*key, F.when(~fine, F.col(PLACE))).orderBy(PLACE)
     repeated = fine & (F.row_number().over(window) > 1)
     return frame.withColumn(REASON, F.when(repeated, F.lit(reason)).otherwise(F.col(REASON)))
+
+
+def _rare_repeats(frame: DataFrame, key: Sequence[str], reason: str) -> DataFrame:
+    """What ``_repeats`` gives, of a large frame with few repeats: only rows whose hashed key is there twice are sorted.
+
+    The frame is settled on the way.
+    """
+    fine = F.col(REASON).isNull()
+    frame = settle(frame.withColumn("_hash", F.when(fine, F.xxhash64(*key))))
+    twice = settle(frame.where(fine).groupBy("_hash").count().where("count > 1").select("_hash"))
+    suspects = joinable(twice, twice.count())
+    once = frame.join(suspects, "_hash", "left_anti")
+    judged = settle(_repeats(frame.join(suspects, "_hash", "left_semi"), key, reason))
+    return once.unionByName(judged).drop("_hash")

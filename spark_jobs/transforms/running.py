@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pyspark.sql import Column, DataFrame, Window, WindowSpec
 from pyspark.sql import functions as F
 
-ROWS_PER_SLICE = 1_000_000
+ROWS_PER_SLICE = 250_000
+"""Events of one key that a task may well have beside those of others."""
 
 _SLICE = "_slice"
 
@@ -33,12 +34,13 @@ def strictly_before(value: Column) -> Running:
     )
 
 
-def sliced(events: DataFrame, rows: int, rows_per_slice: int = ROWS_PER_SLICE) -> DataFrame:
-    """Mark every event's slice: equal stretches of time, so many that one holds about ``rows_per_slice`` rows.
+def sliced(events: DataFrame, most: int, rows_per_slice: int = ROWS_PER_SLICE) -> DataFrame:
+    """Mark every event's slice: equal stretches of time.
 
-    A log of few rows stays as it is.
+    They are so many that one has about ``rows_per_slice`` events of a key with ``most`` events; where no key has more,
+    the log stays as it is.
     """
-    slices = -(-rows // rows_per_slice)
+    slices = -(-most // rows_per_slice)
     if slices <= 1:
         return events
     first, last = events.agg(F.min("time"), F.max("time")).first() or (0, 0)

@@ -6,8 +6,8 @@ from pyspark.sql import functions as F
 
 from spark_jobs.session import is_local
 
-SMALL = 500_000
-"""Rows of a table of ids that every executor can hold."""
+SMALL = 1_000_000
+"""Rows of a table of ids that every executor can hold: about 100 MB."""
 
 
 def settle(frame: DataFrame) -> DataFrame:

@@ -26,12 +26,14 @@ class Vocabulary:
     """Ids and positions of what this build's events name, and how many positions there are in all.
 
     ``frame`` has the id and the position; with days before also ``{key}_base_events`` and ``{key}_base_likes``, what
-    happened to the key until then, and for users ``known``, their fields (null if new).
+    happened to the key until then, and for users ``known``, their fields (null if new). ``most`` is the number of this
+    build's events of the key that has most of them.
     """
 
     frame: DataFrame
     rows: int
     total: int
+    most: int
     first_new: int = 1
 
     def fresh(self) -> DataFrame:
@@ -44,7 +46,7 @@ def numbered(events: DataFrame, before: Before | None) -> tuple[Vocabulary, Voca
     """The users and the items of some events: old ones keep their position, new ones follow by time, then id."""
     if before is None:
         first = positions(events, "user_id", "user"), positions(events, "item_id", "item")
-        users, items = (Vocabulary(found.frame, found.rows, found.rows) for found in first)
+        users, items = (_vocabulary(found.frame, found.rows) for found in first)
         return users, items
     seen = events.select("user_id").distinct()
     known = _looked_up(seen, before)
@@ -55,17 +57,22 @@ def numbered(events: DataFrame, before: Before | None) -> tuple[Vocabulary, Voca
     return _joined(events, known, "user", before), _joined(events, there, "item", before)
 
 
+def _vocabulary(frame: DataFrame, total: int, first_new: int = 1) -> Vocabulary:
+    """Of a settled frame with the number of each key's events."""
+    rows, most = frame.agg(F.count("*"), F.max("events")).first() or (0, 0)
+    return Vocabulary(frame.drop("events"), rows, total, most or 0, first_new)
+
+
 def _joined(events: DataFrame, old: DataFrame, key: str, before: Before) -> Vocabulary:
     """The old ones among the events' keys, and the new ones behind all that were there before."""
     name, count = f"{key}_id", before.facts[f"{key}s"]
-    seen = settle(old.join(events.select(name).distinct(), name, "left_semi"))
+    seen = settle(old.join(events.groupBy(name).agg(F.count("*").alias("events")), name))
     fresh = positions(events.join(seen.select(name), name, "left_anti"), name, key)
     added = fresh.frame.withColumn(key, (F.col(key) + count).cast("int"))
-    for column in seen.columns[2:]:
+    for column in seen.columns[2:-1]:
         kind = seen.schema[column].dataType
         added = added.withColumn(column, F.lit(None).cast(kind) if column == "known" else F.lit(0).cast(kind))
-    frame = settle(seen.unionByName(added))
-    return Vocabulary(frame, frame.count(), count + fresh.rows, count + 1)
+    return _vocabulary(settle(seen.unionByName(added)), count + fresh.rows, count + 1)
 
 
 def _looked_up(users: DataFrame, before: Before) -> DataFrame:

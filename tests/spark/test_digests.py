@@ -44,11 +44,12 @@ def digests(folder: Path) -> dict[str, str]:
 def test_whatever_the_partitions(spark, run, build_all, finished, tmp_path: Path, partitions: int, exhaustive) -> None:
     if partitions > 7 and not exhaustive:
         pytest.skip("half a minute for the same code again: with --exhaustive only, as in CI")
+    before = spark.conf.get("spark.sql.shuffle.partitions")
     spark.conf.set("spark.sql.shuffle.partitions", partitions)
     try:
         build_all(run, tmp_path, finished.folder / "raw", finished.split)
     finally:
-        spark.conf.set("spark.sql.shuffle.partitions", 3)
+        spark.conf.set("spark.sql.shuffle.partitions", before)
     assert digests(tmp_path) == digests(finished.folder)
 
 
