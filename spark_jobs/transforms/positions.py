@@ -11,7 +11,7 @@ USERS_PER_GROUP = 1_000_000
 
 
 def positions(events: DataFrame, key: str, name: str) -> Ranked:
-    """``key``, its position ``name`` (int, from 1) by first appearance (time, then id), and its number of ``events``."""
+    """``key``, its position ``name`` (int, from 1) by first appearance (time, then id), and how many ``events``."""
     first = events.groupBy(key).agg(F.min("time").alias("first"), F.count("*").alias("events"))
     ranked = with_rank(first, ["first", key], "rank")
     return Ranked(settle(ranked.frame.select(key, (F.col("rank") + 1).cast("int").alias(name), "events")), ranked.rows)
