@@ -162,9 +162,10 @@ KILLED = {
 """By what one sees that a stage is at work: a folder in which it leaves its first files, or what it says."""
 
 ONE_OF_A_KIND = {
-    "events": "events", "crm": "crm", "adapter reclora": "adapters/reclora",
-}  # fmt: skip
-"""A stage of Spark, of Ray Train and of DeepSpeed, and the folders of what they make; the others commit as they do."""
+    "crm": "crm",
+    "adapter reclora": "adapters/reclora",
+}
+"""A stage of Ray Train and one of DeepSpeed, and what they make lies in; a Spark job is killed in tests/spark."""
 
 
 def kill_inside(run: Path, stage: str, sign: str) -> None:

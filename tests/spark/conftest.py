@@ -33,8 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def spark() -> Iterator[SparkSession]:
+def spark(exhaustive: bool) -> Iterator[SparkSession]:
+    """Plans of few rows run sooner than they are compiled; CI and the tests of commands have them compiled."""
     jit = {"spark.driver.defaultJavaOptions": "-XX:+UseSerialGC"}  # one long session: the best machine code pays
+    if not exhaustive:
+        jit |= {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
     started = session.start("tests", "local[2]", "1g", 2, {"spark.ui.showConsoleProgress": "false", **jit})
     yield started
     started.stop()
