@@ -1,5 +1,6 @@
 """Ray Train around a training stage: workers, process group, metrics, restarts."""
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ def _trainer(config: Config, stage: str, adapter: str, scratch: str) -> TorchTra
 
 def _worker(job: Mapping[str, Any]) -> None:
     config: Config = job["config"]
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report; so do we, in fewer words
     torch.set_num_threads(config.ray.threads)
     # DeepSpeed calls torch.distributed by names that torch has since replaced: once per rank and step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
