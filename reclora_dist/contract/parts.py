@@ -23,7 +23,11 @@ def write_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_pe
 
 
 def _of_few_values(schema: pa.Schema) -> Iterator[str]:
-    """The columns that a dictionary makes smaller. Of ids and times it would be built and thrown away."""
+    """The columns that always gain by a dictionary.
+
+    Ids and times are too many for one where a user's events stand together, and compress better without; rows in random
+    order would gain a little by it and take longer to write (docs/results).
+    """
     for field in schema:
         listed = isinstance(field.type, pa.ListType | pa.FixedSizeListType)
         if not pa.types.is_integer(kind := field.type.value_type if listed else field.type) or pa.types.is_int8(kind):

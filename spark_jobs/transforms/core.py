@@ -12,7 +12,7 @@ def k_core(events: DataFrame, k: int, report: Callable[[int, int], None]) -> Dat
     """Remove users and items with fewer than ``k`` events, again and again until none is left.
 
     Args:
-        events: settled, with user_id and item_id.
+        events: with user_id and item_id; read several times, so they must be cheap to read.
         k: smallest number of events; below 2 nothing is removed.
         report: called with the round and the rows that are left after it.
     """

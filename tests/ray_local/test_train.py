@@ -180,9 +180,7 @@ def test_promtool_accepts_what_we_ship(command: tuple[str, str, str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(
-    cluster: Cluster, trained: Path, run: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(cluster: Cluster, trained: Path, run: Path) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(run / "checkpoints", killed), daemon=True)
     killer.start()
