@@ -111,6 +111,7 @@ def _local() -> dict[str, str]:
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.executorEnv.PYTHONPATH": str(_ROOT),
+        "spark.python.daemon.module": "spark_jobs.daemon",
         "spark.ui.enabled": "false",
         "spark.sql.adaptive.enabled": "false",
         "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
