@@ -41,6 +41,11 @@ def parsed(text: str, setting: str) -> date:
         raise ValueError(f"{setting} names {text!r}, which is no day; write YYYY-MM-DD") from None
 
 
+def added(facts: Mapping[str, Any]) -> list[str]:
+    """The days that a build read itself, by the facts of its events; none if it was not built by days."""
+    return days_between(*facts["added"]) if "added" in facts else []
+
+
 def midnight(day: str) -> int:
     """The first millisecond of a day (UTC)."""
     return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()) * 1000

@@ -14,7 +14,8 @@ from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import MANIFEST, ContractError, FileEntry, Manifest, add_file, read_manifest
 from reclora_dist.contract.schema import EVENTS, QUALITY, SHARDS
 from reclora_dist.contract.storage import Folder
-from spark_jobs.report.drift import KEPT, drift
+from spark_jobs.days import added
+from spark_jobs.report.drift import KEPT, comparable, drift
 from spark_jobs.report.thresholds import Threshold, check_limits, thresholds
 from spark_jobs.stage import Inputs, Job, Output, main, say
 
@@ -33,11 +34,6 @@ def check(config: QualityConfig, inputs: Inputs) -> tuple[QualityConfig, Inputs]
         ContractError: the shards were made from another events dataset.
     """
     check_limits(config)
-    if inputs.manifests["events"].facts.get("previous"):
-        raise ContractError(
-            f"{inputs.folders['events'].uri!r} goes on from another dataset (--previous), so these shards hold more "
-            "than its events: there is no report of them yet. Report on a build of all days."
-        )
     made_from = inputs.manifests["shards"].parents.get("events", "")
     if made_from != inputs.parents["events"]:
         raise ContractError(
@@ -56,6 +52,9 @@ def run(spark: "SparkSession", config: QualityConfig, inputs: Inputs, out: Folde
     """
     previous = _previous(out)
     report = _measure(spark, inputs)
+    if previous and not comparable(report["profile"], previous.facts["profile"]):
+        say("report_quality", "no comparison with the previous build: only one of the two was built by days")
+        previous = None
     moved = drift(report["profile"], previous.facts["profile"]) if previous else None
     report |= {"previous": previous.content_digest if previous else None, "drift": moved}
     limits = thresholds(config, report, moved)
@@ -80,16 +79,25 @@ def _previous(out: Folder) -> Manifest | None:
 
 
 def _measure(spark: "SparkSession", inputs: Inputs) -> dict[str, Any]:
-    """The figures of the build, and the profile that the next one is compared with."""
+    """The figures of the build, and the profile that the next one is compared with.
+
+    Of a log built by days they are those of the days that this build added.
+    """
     from spark_jobs.report.figures import figures, profile
     from spark_jobs.report.tally import event_parts, shard_parts, tally
 
     events, shards = inputs.manifests["events"], inputs.manifests["shards"]
-    parts = event_parts(inputs.folders["events"], events) + shard_parts(inputs.folders["shards"], shards)
+    days = added(events.facts)
+    parts = event_parts(inputs.folders["events"], events) + shard_parts(inputs.folders["shards"], shards, days)
     counted = tally(spark, parts, KEPT)
     report = figures(events, shards, counted)
-    items = _named(spark, inputs, counted.popular)
-    return {**report, "profile": profile(report, counted.counts["level"], items)}
+    items = _by_position(counted.popular) if days else _named(spark, inputs, counted.popular)
+    return {**report, "profile": profile(report, counted.counts["level"], items, len(days))}
+
+
+def _by_position(items: Mapping[int, int]) -> dict[str, int]:
+    """Items that were built by days keep their positions."""
+    return {str(item): rows for item, rows in items.items()}
 
 
 def _named(spark: "SparkSession", inputs: Inputs, items: Mapping[int, int]) -> dict[str, int]:

@@ -33,7 +33,6 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         "spark.sql.shuffle.partitions": str(shuffle_partitions),
         "spark.sql.session.timeZone": "UTC",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
-        "spark.python.unix.domain.socket.enabled": "true",  # by TCP every task of a Python worker begins 40 ms later
         **(_local() if local else {}),
         **conf,
     }
@@ -112,6 +111,7 @@ def _local() -> dict[str, str]:
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.executorEnv.PYTHONPATH": str(_ROOT),
         "spark.python.daemon.module": "spark_jobs.daemon",
+        "spark.python.unix.domain.socket.enabled": "true",  # by TCP every task of a Python worker begins 40 ms later
         "spark.ui.enabled": "false",
         "spark.sql.adaptive.enabled": "false",
         "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",

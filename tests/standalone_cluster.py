@@ -55,14 +55,18 @@ def page(address: str) -> str:
 def standalone(folder: Path, conf: Path) -> Iterator[Standalone]:
     """Start the cluster with its files in ``folder`` and the settings of the folder ``conf``; end it in any case."""
     options = {"SPARK_CONF_DIR": str(conf), "SPARK_DAEMON_MEMORY": "256m", "SPARK_DAEMON_JAVA_OPTS": QUICK}
-    ports = ("--host", "127.0.0.1", "--port", "0", "--webui-port", "0")
+    ports = ("--port", "0", "--webui-port", "0")
     with ExitStack() as stack:
-        master = stack.enter_context(_daemon(folder / "master", "master.Master", *ports, **options))
+        master = stack.enter_context(
+            _daemon(folder / "master", "master.Master", "--host", "127.0.0.1", *ports, **options)
+        )
         url = _told(master, r"Starting Spark master at (spark://\S+)")
         size = ("--cores", "1", "--memory", MEMORY)
-        logs = [
-            stack.enter_context(_daemon(folder / f"worker{number}", "worker.Worker", *ports, *size, url, **options))
-            for number in (1, 2)
+        logs = [  # of two hosts: Spark never runs a task twice at a time on one
+            stack.enter_context(
+                _daemon(folder / f"worker{n}", "worker.Worker", "--host", f"127.0.0.{n}", *ports, *size, url, **options)
+            )
+            for n in (1, 2)
         ]
         pages = [_told(log, r"WebUI.* (http://127\.0\.0\.1:\d+)") for log in (master, *logs)]
         until(lambda: json.loads(page(f"{pages[0]}/json/"))["aliveworkers"] == 2, logs[1].read_text)

@@ -1,17 +1,19 @@
-"""Any transformers causal LM or encoder as a yes/no scorer."""
+"""Any transformers causal LM or encoder as a yes/no scorer.
+
+transformers, which takes a second and a half to import, is loaded with the first model: who trains a CRM needs none.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from reclora_dist.config.schema import BackboneConfig
 
-logging.disable_progress_bar()
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Backbone(nn.Module):
@@ -61,7 +63,11 @@ def load_backbone(config: BackboneConfig, path: str) -> Backbone:
     Raises:
         ValueError: the folder is missing, or an answer is not one token.
     """
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.utils import logging
+
     _check(path)
+    logging.disable_progress_bar()
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)  # an encoder's two-class head starts from here
     if config.kind == "encoder":
@@ -72,18 +78,20 @@ def load_backbone(config: BackboneConfig, path: str) -> Backbone:
     return Backbone(causal.get_decoder(), rows, causal.config.hidden_size)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """The fast tokenizer at ``path``.
 
     Raises:
         ValueError: the folder is missing or has no tokenizer.json.
     """
+    from transformers import AutoTokenizer
+
     _check(path)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     return tokenizer
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, str]) -> list[int]:
+def answer_ids(tokenizer: "PreTrainedTokenizerBase", answers: tuple[str, str]) -> list[int]:
     """The token that starts each answer.
 
     Raises:

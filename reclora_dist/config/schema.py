@@ -149,7 +149,9 @@ class QualityConfig(Section):
     max_quarantined: float = knob(0.5, "largest share of the event rows that is bad")
     min_users: int = knob(1, "fewest users")
     min_items: int = knob(1, "fewest items")
-    min_samples: tuple[int, int, int] = knob((1, 0, 0), "fewest training, validation and test samples")
+    min_samples: tuple[int, int, int] = knob(
+        (1, 0, 0), "fewest training, validation and test samples; by days: of the splits that they lie in"
+    )
     min_label_rate: float = knob(1e-4, "smallest share of likes among the samples")
     max_label_rate: float = knob(0.9999, "largest share of likes among the samples")
     min_mean_history: float = knob(0.0, "smallest mean length of the long histories")
@@ -159,7 +161,9 @@ class QualityConfig(Section):
         "largest population stability index of items, rating levels and labels against the previous build "
         "(0.1 is a small change, 0.25 a large one); 0: off",
     )
-    max_row_change: float = knob(0.0, "largest relative change of the number of events since then; 0: off")
+    max_row_change: float = knob(
+        0.0, "largest relative change of the number of events (by days: per day) since then; 0: off"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
 
 from reclora_dist.config.schema import EvaluateConfig
+from reclora_dist.evaluate.auc import Floats, auc_by_group, ratio, sums, tie_starts
 
 METRICS = ("auc", "gauc", "logloss", "acc", "ece")
 """AUC, AUC per user (weighted by rows), mean log loss (nats), accuracy at 0.5, expected calibration error."""
@@ -23,7 +24,6 @@ SMALLEST = 1e-7
 
 _BLOCK_ELEMENTS = 1 << 22
 
-Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 """User weights [resamples, users] to metric values [resamples]; NaN where a resample leaves the metric undefined."""
 
@@ -49,7 +49,7 @@ class _Sample:
 
     def per_user(self, rows: Floats) -> Floats:
         """Sums of per-row values [n] by user [users]."""
-        return _sums(self.codes, rows, self.users)
+        return sums(self.codes, rows, self.users)
 
 
 def binary_metrics(
@@ -159,27 +159,10 @@ def _weights(sample: _Sample, config: EvaluateConfig) -> Iterator[Floats]:
         yield counts.reshape(size, sample.users).astype(np.float64)
 
 
-def _sums(cells: NDArray[np.int64], rows: Floats, count: int) -> Floats:
-    """Sums of ``rows`` [n] by cell [count]."""
-    return np.bincount(cells, weights=rows, minlength=count).astype(np.float64, copy=False)
-
-
-def _ratio(above: Floats, below: Floats) -> Floats:
-    quotient = np.full(above.shape, np.nan)
-    np.divide(above, below, out=quotient, where=below > 0)
-    return quotient
-
-
-def _tie_starts(*keys: NDArray[np.generic]) -> NDArray[np.int64]:
-    """Where runs of equal keys start in sorted columns [n]."""
-    changed = np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    return np.concatenate(([0], np.flatnonzero(changed) + 1))
-
-
 def _auc(sample: _Sample) -> Statistic:
     order = np.argsort(sample.scores)
     likes, codes = sample.labels[order], sample.codes[order]
-    starts = _tie_starts(sample.scores[order])
+    starts = tie_starts(sample.scores[order])
 
     def statistic(weights: Floats) -> Floats:
         """AUC of each resample; ties count half."""
@@ -187,34 +170,21 @@ def _auc(sample: _Sample) -> Statistic:
         positive = np.add.reduceat(rows * likes, starts, axis=1)
         negative = np.add.reduceat(rows * (1 - likes), starts, axis=1)
         below = np.cumsum(negative, axis=1) - negative / 2
-        return _ratio(np.einsum("rg,rg->r", positive, below), positive.sum(axis=1) * negative.sum(axis=1))
+        return ratio(np.einsum("rg,rg->r", positive, below), positive.sum(axis=1) * negative.sum(axis=1))
 
     return statistic
 
 
-def _user_auc(sample: _Sample) -> Floats:
-    """AUC of each user's rows [users] from midranks; NaN for a user without both labels."""
-    order = np.lexsort((sample.scores, sample.codes))
-    codes, scores, likes = sample.codes[order], sample.scores[order], sample.labels[order]
-    starts = _tie_starts(codes, scores)
-    sizes = np.diff(np.append(starts, len(codes)))
-    first = np.searchsorted(codes, np.arange(sample.users))
-    midranks = np.repeat(starts + (sizes - 1) / 2, sizes) - first[codes]
-    positive, negative = _sums(codes, likes, sample.users), _sums(codes, 1 - likes, sample.users)
-    ranks = _sums(codes, likes * midranks, sample.users)
-    return _ratio(ranks - positive * (positive - 1) / 2, positive * negative)
-
-
 def _gauc(sample: _Sample) -> Statistic:
-    auc = _user_auc(sample)
+    auc = auc_by_group(sample.labels, sample.scores, sample.codes, sample.users)
     rows = np.where(np.isnan(auc), 0.0, sample.per_user(np.ones_like(sample.labels)))
     total = rows * np.nan_to_num(auc)
-    return lambda weights: _ratio(weights @ total, weights @ rows)
+    return lambda weights: ratio(weights @ total, weights @ rows)
 
 
 def _row_mean(sample: _Sample, values: Floats) -> Statistic:
     sums, rows = sample.per_user(values), sample.per_user(np.ones_like(values))
-    return lambda weights: _ratio(weights @ sums, weights @ rows)
+    return lambda weights: ratio(weights @ sums, weights @ rows)
 
 
 def _logloss(sample: _Sample) -> Statistic:
@@ -230,9 +200,9 @@ def _ece(sample: _Sample) -> Statistic:
     edges = torch.linspace(0, 1, sample.bins + 1, dtype=torch.float64).numpy()  # torchmetrics' bins, to the last bit
     slots = sample.bins + 1  # as there, a score of exactly 1 has a bin of its own
     cells = sample.codes * slots + np.searchsorted(edges, sample.scores, side="right") - 1
-    gaps = _sums(cells, sample.labels - sample.scores, sample.users * slots).reshape(sample.users, slots)
+    gaps = sums(cells, sample.labels - sample.scores, sample.users * slots).reshape(sample.users, slots)
     rows = sample.per_user(np.ones_like(sample.labels))
-    return lambda weights: _ratio(np.abs(weights @ gaps).sum(axis=1), weights @ rows)
+    return lambda weights: ratio(np.abs(weights @ gaps).sum(axis=1), weights @ rows)
 
 
 _STATISTICS: dict[str, Callable[[_Sample], Statistic]] = {

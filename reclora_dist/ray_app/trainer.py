@@ -60,7 +60,8 @@ def _trainer(config: Config, stage: str, adapter: str, scratch: str) -> TorchTra
 
 def _worker(job: Mapping[str, Any]) -> None:
     config: Config = job["config"]
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report; so do we, in fewer words
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_no_report)
     torch.set_num_threads(config.ray.threads)
     # DeepSpeed calls torch.distributed by names that torch has since replaced: once per rank and step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -73,6 +74,11 @@ def _worker(job: Mapping[str, Any]) -> None:
         report=lambda metrics: train.report(dict(metrics)),
     )
     _run(config, job["stage"], job["adapter"], context)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Ray Train tells of every report; so do we, in fewer words."""
+    return not record.getMessage().startswith("Reporting training result")
 
 
 def _run(config: Config, stage: str, adapter: str, context: Context) -> None:

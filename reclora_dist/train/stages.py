@@ -24,6 +24,7 @@ from reclora_dist.crm.sim import CrmOutput, Sim
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
 from reclora_dist.data.plan import EpochPlan, SequentialPlan, row_groups
 from reclora_dist.data.readers import read_batches
+from reclora_dist.evaluate.auc import auc_by_group
 from reclora_dist.evaluate.scorer import crm_probability, text_collator
 from reclora_dist.lora.adapter import AdapterConfig, AdapterIdentity, Reference, save_adapter
 from reclora_dist.lora.batch import TextBatch
@@ -198,8 +199,6 @@ class _Data:
 
     def auc(self, engine: Engine, score: Callable[[torch.nn.Module, Any], Tensor]) -> float:
         """AUC on the validation split, the same number on every rank."""
-        from torchmetrics.functional.classification import binary_auroc  # two seconds, which a resumed end saves
-
         model = engine.model
         model.eval()  # returns nothing in DeepSpeed
         plans = [self._sequential(rank) for rank in range(self.context.world)]
@@ -214,12 +213,13 @@ class _Data:
             for _ in range(most - mine.steps):  # ZeRO-3 gathers in every forward, so all ranks do equally many
                 score(model, batch if batch is not None else next(self.batches(0, 0))[0])
         gathered = self.context.gather((torch.cat(scores), torch.cat(labels)))
-        every, truth = (torch.cat([part[i] for part in gathered]) for i in (0, 1))
-        if truth.min() == truth.max():
+        every, truth = (torch.cat([part[i] for part in gathered]).numpy() for i in (0, 1))
+        (found,) = auc_by_group(truth, every, np.zeros(len(truth), np.int64), 1)
+        if np.isnan(found):
             raise ValueError(
                 f"all {len(truth)} validation labels are {truth[0]:.0f}; AUC needs both, take more samples"
             )
-        return float(binary_auroc(every, truth.long()))
+        return float(found)
 
     def _plan(self, epoch: int) -> EpochPlan:
         return EpochPlan(

@@ -14,12 +14,17 @@ item that has just left the first hundred is still known."""
 Counts = Mapping[str, int]
 
 
+def comparable(profile: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
+    """Whether both name their items alike: both were built by days, or neither was."""
+    return bool(profile["days"]) is bool(previous["days"])
+
+
 def drift(profile: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str, float]:
-    """The indices of items, rating levels and labels, and the relative change of the events.
+    """The indices of items, rating levels and labels, and the relative change of the events (by days: of a day's).
 
     Args:
         profile: of this build: its ``events``, and how many of them the ``items`` (the KEPT most popular), ``levels``
-            and ``labels`` have.
+            and ``labels`` have, and how many ``days`` it added.
         previous: of the one before.
     """
     names = {*_first(profile["items"]), *_first(previous["items"])}
@@ -28,8 +33,14 @@ def drift(profile: Mapping[str, Any], previous: Mapping[str, Any]) -> dict[str, 
         "items": stability(now, then),
         "levels": stability(profile["levels"], previous["levels"]),
         "labels": stability(profile["labels"], previous["labels"]),
-        "row_change": round(profile["events"] / previous["events"] - 1, 6),
+        "row_change": round(_per_day(profile) / _per_day(previous) - 1, 6),
     }
+
+
+def _per_day(profile: Mapping[str, Any]) -> float:
+    """Events of a day, or of all of a build that was not made by days."""
+    events: int = profile["events"]
+    return events / (profile["days"] or 1)
 
 
 def stability(now: Counts, then: Counts) -> float:

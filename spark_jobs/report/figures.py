@@ -5,6 +5,7 @@ from typing import Any
 
 from reclora_dist.contract.manifest import Manifest
 from reclora_dist.contract.schema import SPLITS
+from spark_jobs.days import added, midnight
 from spark_jobs.report import histogram
 from spark_jobs.report.histogram import share
 from spark_jobs.report.periods import Periods
@@ -23,7 +24,7 @@ def figures(events: Manifest, shards: Manifest, tally: Tally) -> dict[str, Any]:
         "events": {step: facts["counts"][step] for step in STEPS if step in facts["counts"]},
         "users": facts["users"],
         "items": facts["items"],
-        "samples": {split: _samples(shards, counts, split) for split in SPLITS},
+        "samples": {split: _samples(counts, split) for split in _splits(facts)},
         "label_rate": _label_rate(counts),
         "quarantine": {"share": _bad(facts["counts"]), "rows": dict(sorted(facts["quarantine"].items()))},
         "activity": {f"{kind}s": _activity(tally.activity[kind]) for kind in ("user", "item")},
@@ -35,13 +36,16 @@ def figures(events: Manifest, shards: Manifest, tally: Tally) -> dict[str, Any]:
     }
 
 
-def profile(report: Mapping[str, Any], counts: Mapping[int, Count], items: Mapping[str, int]) -> dict[str, Any]:
+def profile(
+    report: Mapping[str, Any], counts: Mapping[int, Count], items: Mapping[str, int], days: int
+) -> dict[str, Any]:
     """What the next build is compared with (see ``drift``).
 
     Args:
         report: the figures of this build.
         counts: events per level.
-        items: events of the most popular items by id.
+        items: events of the most popular items by id; of a build by days by position.
+        days: how many a build by days added; 0 for another.
     """
     likes = sum(count.likes for count in counts.values())
     events = report["events"]["events"]
@@ -51,13 +55,22 @@ def profile(report: Mapping[str, Any], counts: Mapping[int, Count], items: Mappi
         "levels": levels,
         "labels": {"like": likes, "other": events - likes},
         "items": dict(items),
+        "days": days,
     }
 
 
-def _samples(shards: Manifest, counts: Mapping[str, Mapping[int, Count]], split: str) -> dict[str, Any]:
-    crm = counts.get(f"crm/{split}", {}).get(0, _NONE)
-    rows = {kind: shards.rows(f"{kind}/split={split}/") for kind in ("crm", "text")}
-    return {**rows, "label_rate": share(crm.likes, crm.rows)}
+def _splits(facts: Mapping[str, Any]) -> list[str]:
+    """The splits that the build can have samples of: the days that one adds may all lie in the same."""
+    days = added(facts)
+    if not days:
+        return list(SPLITS)
+    places = {sum(midnight(day) >= cut for cut in facts["split_times"]) for day in days}
+    return [SPLITS[place] for place in sorted(places)]
+
+
+def _samples(counts: Mapping[str, Mapping[int, Count]], split: str) -> dict[str, Any]:
+    crm, text = (counts.get(f"{kind}/{split}", {}).get(0, _NONE) for kind in ("crm", "text"))
+    return {"crm": crm.rows, "text": text.rows, "label_rate": share(crm.likes, crm.rows)}
 
 
 def _label_rate(counts: Mapping[str, Mapping[int, Count]]) -> float | None:

@@ -83,14 +83,16 @@ def event_parts(folder: Folder, events: Manifest) -> list[Part]:
     return [Part(folder, entry, columns, count) for entry in events.select("events/")]
 
 
-def shard_parts(folder: Folder, shards: Manifest) -> list[Part]:
-    """The files of the shards of both kinds and all splits."""
+def shard_parts(folder: Folder, shards: Manifest, days: Sequence[str]) -> list[Part]:
+    """The files of the shards of both kinds and all splits; of shards by days only those of ``days``."""
+    places = [f"day={day}/" for day in days] or [""]
     crm, text = ("label", "long_length"), ("label", "long_items", "short_items", "short_length")
     return [
         Part(folder, entry, columns, partial(count, split))
         for kind, columns, count in (("crm", crm, _count_crm), ("text", text, _count_text))
         for split in SPLITS
-        for entry in shards.select(f"{kind}/split={split}/")
+        for place in places
+        for entry in shards.select(f"{kind}/split={split}/{place}")
     ]
 
 

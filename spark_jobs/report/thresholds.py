@@ -79,7 +79,9 @@ def _of_build(config: QualityConfig, report: Mapping[str, Any]) -> list[Threshol
 def _of_samples(config: QualityConfig, samples: Mapping[str, Any]) -> list[Threshold]:
     remedy = "use a longer log, other events.fractions, or lower events.min_history"
     return [
-        Threshold(f"min_samples[{split}]", f"number of {split} samples", samples[split]["crm"], limit, remedy)
+        Threshold(
+            f"min_samples[{split}]", f"number of {split} samples", samples.get(split, {}).get("crm"), limit, remedy
+        )
         for split, limit in zip(SPLITS, config.min_samples, strict=True)
     ]
 

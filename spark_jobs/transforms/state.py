@@ -64,6 +64,7 @@ def keep(
         runs[table] = [named(old, out) for old in older[table][due:]]
     facts = {
         "days": [before.facts["days"][0] if before else config.source.days[0], config.source.days[1]],
+        "added": list(config.source.days),
         "lasting": lasting(config),
         "keep": config.keep,
         "previous": named(before.folder, out) if before else None,

@@ -72,6 +72,11 @@ def test_the_summary_has_what_is_promised(summary: dict[str, Any]) -> None:
     assert 500 < summary["peak_memory_mib"] < 8192
 
 
+def test_ray_train_repeats_no_report_of_ours(finished: Finished) -> None:
+    assert "crm: step 44 validation AUC" in finished.output
+    assert "Reporting training result" not in finished.output
+
+
 def test_it_ends_with_the_table_and_where_to_look(finished: Finished, summary: dict[str, Any]) -> None:
     end = finished.output[finished.output.index("\nmodel ") :]
     for model in MODELS:

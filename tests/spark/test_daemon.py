@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from standalone_cluster import until
 
 
 @pytest.mark.parametrize("module", ["pyspark.daemon", "spark_jobs.daemon"])
-def test_only_ours_is_silent_about_a_worker_whose_session_stops(module: str, tmp_path: Path) -> None:
+def test_only_ours_is_silent_about_a_worker_whose_session_stops(module: str, request: pytest.FixtureRequest) -> None:
+    folder = tempfile.TemporaryDirectory()  # the path of a socket has at most 107 bytes
+    request.addfinalizer(folder.cleanup)
     environment = os.environ | {
         "PYTHON_UNIX_DOMAIN_ENABLED": "true",
-        "PYTHON_WORKER_FACTORY_SOCK_DIR": str(tmp_path),
+        "PYTHON_WORKER_FACTORY_SOCK_DIR": folder.name,
         "PYTHON_DAEMON_KILL_WORKER_ON_FLUSH_FAILURE": "1",
         "SPARK_REUSE_WORKER": "1",
     }

@@ -1,5 +1,6 @@
 """Days added one after the other give what all of them give at once."""
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -237,12 +238,27 @@ def test_days_that_were_built_anew_are_not_taken_for_the_old_ones(daily: Path, t
         previous_of(third, read_manifest(third, EVENTS))
 
 
-def test_the_service_and_the_report_want_all_days_in_one_dataset(run: Runner, daily: Path, tmp_path: Path) -> None:
+def test_the_service_wants_all_days_in_one_dataset(daily: Path) -> None:
     day = DAYS[-1]
     with pytest.raises(ContractError, match="the service needs all of them in one"):
         FeatureStore.load(Folder(str(daily / "events" / day)), Folder(str(daily / "vectors" / day)))
-    with pytest.raises(ContractError, match="there is no report of them yet"):
-        run("report_quality", tmp_path, events=daily / "events" / day, shards=daily / "shards")
+
+
+def test_a_day_is_reported_by_what_it_added(run: Runner, whole: Path, daily: Path, tmp_path: Path) -> None:
+    """Here after a report of all days, as if these had been the days before."""
+    day, out = DAYS[-1], tmp_path / "quality"
+    run("report_quality", out, "min_samples=[1,1,1]", events=whole / "events" / day, shards=whole / "shards")
+    run("report_quality", out, "min_samples=[1,1,1]", events=daily / "events" / day, shards=daily / "shards")
+    told = json.loads((out / "quality.json").read_text())
+    made, shards = read_manifest(Folder(str(daily / "events" / day)), EVENTS), shards_of(daily)
+    rows = made.rows("events/")
+    assert [period["from"] for period in told["periods"]["rows"]] == [day]
+    assert told["events"]["events"] == rows == sum(level["events"] for level in told["levels"])
+    crm, text = (shards.rows(f"{kind}/split=test/day={day}/") for kind in ("crm", "text"))
+    assert {split: (found["crm"], found["text"]) for split, found in told["samples"].items()} == {"test": (crm, text)}
+    assert told["histories"]["long"]["count"] == crm
+    all_rows = read_manifest(Folder(str(whole / "events" / day)), EVENTS).rows("events/")
+    assert told["drift"]["row_change"] == round(rows / (all_rows / len(DAYS)) - 1, 6)
 
 
 def test_deleted_users_leave_state_vocabulary_and_shards(run: Runner, raw: Path, daily: Path, tmp_path: Path) -> None:

@@ -426,7 +426,7 @@ def test_an_item_that_rises_or_falls_a_little_beyond_the_first_hundred_is_no_dri
     def profile(order: list[int]) -> dict[str, Any]:
         items = {f"i{name}": 1000 - place for place, name in enumerate(order)}
         both = {"levels": {"1": 1}, "labels": {"like": 1}, "events": sum(items.values())}
-        return {"items": dict(list(items.items())[:KEPT]), **both}
+        return {"items": dict(list(items.items())[:KEPT]), "days": 0, **both}
 
     order = list(range(300))
     swapped = [*order[: COMPARED - 5], *order[COMPARED : COMPARED + 5], *order[COMPARED - 5 : COMPARED], *order[105:]]

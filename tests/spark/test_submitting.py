@@ -41,11 +41,16 @@ SMALL = {
     "spark.executor.heartbeatInterval": "2s",
     "spark.network.timeout": "600s",
     "spark.python.authenticate.socketTimeout": "120s",
+    "spark.speculation": "true",
+    "spark.speculation.interval": "20ms",
+    "spark.speculation.task.duration.threshold": "20ms",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.defaultJavaOptions": QUICK,
     "spark.executor.defaultJavaOptions": QUICK,
 }
-"""A machine of two cores that is perhaps busy; no task before both executors are there."""
+"""A machine of two cores that is perhaps busy; no task before both executors are there. A core with nothing to do takes
+a task that the other one is at as well.
+"""
 
 PROBE = """
 import json, sys, time
@@ -241,6 +246,17 @@ def test_the_event_logs_are_kept_and_tell_that_both_workers_worked(
             if event["Event"] == "SparkListenerExecutorAdded" and event["Executor ID"] in ran:
                 worked.add(re.match(r"http://[\d.:]+", event["Executor Info"]["Log Urls"]["stdout"])[0])
     assert worked == set(cluster.workers)
+
+
+def test_some_tasks_ran_on_both_workers_at_once(submitted: str, folder: Path) -> None:
+    """So the digests above are of what the first to end wrote, with the other one on its way."""
+    ended = [
+        event["Task Info"]
+        for log in (folder / "log").glob("eventlog_v2_app-*")
+        for event in events(log)
+        if event["Event"] == "SparkListenerTaskEnd"
+    ]
+    assert any(task["Speculative"] for task in ended)
 
 
 def free_port() -> int:

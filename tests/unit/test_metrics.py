@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc
 
 from reclora_dist.config.schema import EvaluateConfig
+from reclora_dist.evaluate.auc import auc_by_group
 from reclora_dist.evaluate.metrics import METRICS, Interval, binary_metrics, paired_difference
 
 CONFIG = EvaluateConfig(bootstrap=50, calibration_bins=10)
@@ -81,6 +82,13 @@ def test_point_values_equal_the_definitions(rows):
     assert tuple(found) == METRICS
     for metric, expected in naive(rows).items():
         assert found[metric].mean == pytest.approx(expected, abs=2e-6, nan_ok=True), metric
+
+
+@given(rows())
+def test_auc_of_single_precision_is_that_of_its_pairs(rows):
+    labels, scores = rows.labels.astype(np.float32), rows.scores.astype(np.float32)
+    (found,) = auc_by_group(labels, scores, np.zeros(len(labels), np.int64), 1)
+    assert found == pytest.approx(naive_auc(labels, scores), abs=1e-12)
 
 
 def test_a_score_on_the_edge_of_a_bin_lies_in_the_bin_of_torchmetrics():
