@@ -166,11 +166,8 @@ KILLED = {
 }
 """By what one sees that a stage is at work: a folder in which it leaves its first files, or what it says."""
 
-ONE_OF_A_KIND = {
-    "crm": "crm",
-    "adapter reclora": "adapters/reclora",
-}
-"""A stage of Ray Train and one of DeepSpeed, and what they make lies in; a Spark job is killed in tests/spark."""
+ONE_OF_A_KIND = {"adapter reclora": "adapters/reclora"}
+"""A stage of Ray Train and DeepSpeed, and what it makes lies in; a Spark job is killed in tests/spark."""
 
 
 def kill_inside(run: Path, stage: str, sign: str) -> None:
