@@ -271,7 +271,8 @@ def probed(submit: Submit, entries: Path, folder: Path) -> dict[str, Any]:
     """The web pages of cluster and driver while a job ran, and from where driver and executors import our package."""
     driver, cluster = f"http://127.0.0.1:{free_port()}", submit.cluster
     command = submit.command(entries / "probe.py", str(folder / "go"), str(folder / "told.json"))
-    command[1:1] = ["--conf", f"spark.ui.port={driver.rpartition(':')[2]}"]
+    once = ("--conf", "spark.speculation=false")  # each task tells of the worker that it was given to
+    command[1:1] = ["--conf", f"spark.ui.port={driver.rpartition(':')[2]}", *once]
     with (
         (folder / "probe.log").open("w+") as log,
         subprocess.Popen(command, cwd=folder, env=submit.environment, stdout=log, stderr=log) as process,
