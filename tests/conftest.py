@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other
-os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja and spark-submit, as `make` has them
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # spark-submit
 sys.path.insert(0, str(Path(__file__).parent))
 
 MODELS = Path(__file__).parents[2] / "shared" / "models"

@@ -10,13 +10,6 @@
 ARG RAY_IMAGE=rayproject/ray:2.60.0-py311
 FROM ${RAY_IMAGE}
 
-# DeepSpeed compiles its ops at first use.
-USER root
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
-USER ray
-
 # Dependencies in a layer of their own: a change of our code does not install torch again.
 WORKDIR /home/ray/reclora
 COPY --chown=ray pyproject.toml constraints.txt README.md LICENSE ./

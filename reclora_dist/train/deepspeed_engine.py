@@ -1,21 +1,13 @@
 """Everything that imports DeepSpeed: ZeRO stages 0 to 3 over a frozen base with trainable adapters."""
 
-import fcntl
-import hashlib
-import io
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.torch import build_shm_op
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
@@ -31,6 +23,10 @@ from reclora_dist.train.engine import (
     set_learning_rates,
     trainable,
 )
+
+# On CPU DeepSpeed would compile an all-reduce in shared memory, which takes a compiler and a minute; only its inference
+# calls it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class DeepSpeedEngine:
@@ -51,9 +47,7 @@ class DeepSpeedEngine:
     ) -> None:
         per_worker = config.batch_size // context.world
         micro = config.micro_batch or per_worker
-        with redirect_stdout(io.StringIO()):  # every process would print that its op is built
-            build_communication_op()
-            deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo", verbose=False)
         settings = deepspeed_config(engine, micro, per_worker // micro, config.clip, bfloat16)
         # torch's own AdamW is passed in: naming it in the config would compile a fused one first
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=settings)
@@ -118,39 +112,6 @@ class DeepSpeedEngine:
         if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
             outer._hp_optimizer_states_linked = False
             outer._lazy_init_hp_params_optimizer_state()
-
-
-def build_communication_op() -> None:
-    """Compile DeepSpeed's shared-memory op where it is needed (on CPU), once per machine.
-
-    torch guards a build with a plain file, which a killed process leaves behind and the next one waits for without end.
-    Under a lock that the kernel releases, such a file can only be a left-over.
-    """
-    if get_accelerator().device_name() != "cpu":
-        return
-    _prefer_own_ninja()
-    root = _build_folder()
-    with open(root / "reclora_dist.lock", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        for left_over in root.rglob("deepspeed_shm_comm/lock"):
-            left_over.unlink()
-        build_shm_op()
-
-
-def _build_folder() -> Path:
-    """Where this environment's ops are built: environments that share a folder rebuild each other's, a minute each."""
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
-    default = Path.home() / ".cache" / "reclora_dist" / environment
-    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
-    root.mkdir(parents=True, exist_ok=True)
-    return root
-
-
-def _prefer_own_ninja() -> None:
-    """Put this environment's ninja first: one ninja rebuilds whatever another has built, a minute each time."""
-    own = Path(sys.executable).parent
-    if (own / "ninja").exists() and not os.environ["PATH"].startswith(str(own)):
-        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
 
 
 def deepspeed_config(

@@ -34,7 +34,9 @@ def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("ddp")
     runs = {name: Path(shutil.copytree(prepared, home / f"run-{name}")) for name in ["crm", *ENGINES]}
     shutil.rmtree(runs["crm"] / "crm")
-    spawn(ddp_workers.every_engine, runs, home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(home / "compiled"))
+        spawn(ddp_workers.every_engine, runs, home)
     return home
 
 
@@ -59,6 +61,10 @@ def test_both_ranks_end_with_the_same_state_and_the_same_validation_auc(results:
     reports = [notes(results, name, rank)["reports"] for rank in (0, 1)]
     assert reports[0] == reports[1]
     assert reports[0]
+
+
+def test_deepspeed_compiles_nothing(results: Path) -> None:
+    assert not (results / "compiled").exists()
 
 
 def test_ddp_averages_the_gradients_of_both_ranks(results: Path) -> None:
