@@ -25,7 +25,7 @@ demo: setup  ## logs to a served, evaluated RecLoRA, embedded; files in runs/dem
 	@$(BIN)/python -m reclora_dist.cli.pipeline $(ARGS)
 
 test: setup  ## all tests, in two processes; ARGS="-k metrics" chooses, ARGS="-n 0" takes one, ARGS=--exhaustive as CI does
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check
