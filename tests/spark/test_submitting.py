@@ -237,7 +237,8 @@ def test_the_event_logs_are_kept_and_tell_that_both_workers_worked(
     logs = [events(log) for log in (folder / "log").glob("eventlog_v2_app-*")]
     names = {event["App Name"] for log in logs for event in log if event["Event"] == "SparkListenerApplicationStart"}
     assert names >= {f"reclora {job}" for job in JOBS}
-    assert all(log[-1]["Event"] == "SparkListenerApplicationEnd" for log in logs)
+    for log in logs:  # what comes after it is the end of a task that had another copy
+        assert "SparkListenerApplicationEnd" in {event["Event"] for event in log}
     worked = set()
     for log in logs:
         ended = [event for event in log if event["Event"] == "SparkListenerTaskEnd"]
