@@ -87,6 +87,9 @@ def main() -> None:
 def summary(result: dict) -> dict:
     """The figures with goals."""
     sizes = result["sizes"]
+    speed = {"topk_vs_faiss": result["kernel"].get("topk_vs_faiss")}
+    if not sizes:
+        return speed
     per_sample = [found["ours"]["seconds"] / found["samples"] for found in sizes.values()]
     ratios: dict[str, list[float]] = defaultdict(list)
     for found in sizes.values():
@@ -94,7 +97,7 @@ def summary(result: dict) -> dict:
             ratios[name].append(found["ours"]["seconds"] / cost["seconds"])
     largest = list(sizes.values())[-1]
     return {
-        "topk_vs_faiss": result["kernel"].get("topk_vs_faiss"),
+        **speed,
         "kernel_share": largest["kernel_share"],
         "growth": round(max(per_sample) / min(per_sample), 3),
         **{f"vs_{name}": round(max(values), 3) for name, values in ratios.items() if name != "idiomatic_spark"},
