@@ -76,9 +76,8 @@ def added(home: Path, raw: Path, dates: Sequence[str], previous: str, cuts: str)
         spark.resume()
         lengths = [f"long={LONG}", f"short={SHORT}"]
         spark.run("retrieve_history", histories, lengths, {"events": events, "vectors": vectors})
-        spark.run(
-            "write_shards", home / "shards", ["text_train=0.08", "add=true"], {"events": events, "histories": histories}
-        )
+        shares = ["text_train=0.08", "text_validation=0.08", "text_test=0.08"]
+        spark.run("write_shards", home / "shards", [*shares, "add=true"], {"events": events, "histories": histories})
     return spark.cost
 
 
