@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrieval import ITEMS, LONG, MILLION, PER_USER, ROOT, SHORT, Cost, Jobs, write_vectors
+from retrieval import ITEMS, LOG, LONG, MILLION, PER_USER, ROOT, SHORT, Cost, Jobs, write_vectors
 
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import EVENTS
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measured(home: Path, size: float) -> dict:
-    """A log of ``size`` million events: all its days but the last, then these one by one."""
+    """A log of ``size`` million events: all its days but the last two, then these one by one."""
     raw = home / "raw"
     users, days = round(size * MILLION / PER_USER), round(size * MILLION / PER_DAY)
     settings = [f"users={users}", f"items={ITEMS}", f"events_per_user={PER_USER}", f"days={days}", "by_day=true"]
@@ -67,11 +67,10 @@ def added(home: Path, raw: Path, dates: Sequence[str], previous: str, cuts: str)
     """Add days to what stands in ``home``."""
     name = dates[-1]
     events, vectors, histories = (home / stage / name for stage in ("events", "vectors", "histories"))
-    settings = ["source.events=events", "source.items=", "k_core=0", "rating_levels=[1,2,3,4,5]", "split=dates", cuts]
     span = f'source.days=["{dates[0]}","{name}"]'
     inputs = {"raw": raw} | ({"previous": home / "events" / previous} if previous else {})
     with Jobs() as spark:
-        spark.run("build_events", events, [*settings, span], inputs)
+        spark.run("build_events", events, [*LOG, "split=dates", cuts, span], inputs)
         write_vectors(events, vectors)
         spark.resume()
         lengths = [f"long={LONG}", f"short={SHORT}"]

@@ -38,6 +38,8 @@ from spark_jobs.transforms.histories import before
 
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = {"polars": "polars_numpy.py", "duckdb": "duckdb_numpy.py", "idiomatic_spark": "idiomatic_spark.py"}
+LOG = ("source.events=events", "source.items=", "k_core=0", "rating_levels=[1,2,3,4,5]")
+"""How `build_events` reads what `synthesise` wrote."""
 ITEMS, PER_USER, DIMENSION, LONG, SHORT = 20_000, 60, 64, 60, 10
 SPARK = [
     "--shuffle-partitions", "16", "--driver-memory", "4g", "--conf", "spark.sql.adaptive.enabled=true",
@@ -155,9 +157,8 @@ def build(raw: Path, home: Path) -> Cost:
     for stage in ("events", "histories", "shards", "log"):
         shutil.rmtree(home / stage, ignore_errors=True)
     (home / "log").mkdir(parents=True)
-    settings = ["source.events=events", "source.items=", "k_core=0", "rating_levels=[1,2,3,4,5]"]
     with Jobs(home / "log") as spark:
-        spark.run("build_events", events, settings, {"raw": raw})
+        spark.run("build_events", events, LOG, {"raw": raw})
         write_vectors(events, vectors)
         spark.resume()
         spark.run(
