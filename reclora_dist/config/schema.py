@@ -272,11 +272,29 @@ class LoraConfig(Section):
     rank: int = knob(8, "rank of each (in `outputs` mode: split over the experts)")
     alpha: float = knob(16.0, "scale: the update is multiplied by alpha / rank")
     dropout: float = knob(0.0, "dropout of the adapter's input")
-    mode: Literal["weights", "outputs"] = knob("weights", "mix A and B (RecLoRA), or the experts' outputs (iLoRA)")
-    gate: Literal["crm", "uniform", "none"] = knob("crm", "who sets the mixture: the CRM's state, all equal, nobody")
+    mode: Literal["weights", "outputs", "matrix"] = knob(
+        "weights",
+        "weights: mix A and B (RecLoRA); outputs: mix the experts' outputs (iLoRA); matrix: one pair and an r x r "
+        "matrix of the gate in between (CFLoRA)",
+    )
+    gate: Literal["crm", "user", "id", "random", "uniform", "none"] = knob(
+        "crm",
+        "who sets the mixture: the CRM's state of (user, target, history), its state without the target, a learned row "
+        "per user, a fixed random row per user, all equal, nobody",
+    )
+    shared_gate: bool = knob(False, "one gate for all matrices (iLoRA) in place of one per matrix")
+    top_k: int = knob(0, "keep only the k largest weights of a mixture; 0: all")
+    balance: float = knob(0.0, "weight of the load-balance loss, which rewards the even use of the experts; 0: none")
     temperature: float = knob(5.0, "divides the gate's logits")
     gate_hidden: int = knob(60, "hidden width of a gate")
     gate_dropout: float = knob(0.1, "dropout of a gate's hidden layer")
+    state_dropout: float = knob(0.0, "dropout of the state that the gate reads")
+    state_noise: float = knob(0.0, "standard deviation of noise on that state (after its normalisation), in training")
+    head: Literal["answers", "offset", "fusion"] = knob(
+        "answers",
+        "how the score is made: the backbone's answers; these plus the CRM's logit; or a small MLP on the pooled state "
+        "and the CRM's state (late fusion)",
+    )
 
 
 @dataclass(frozen=True)

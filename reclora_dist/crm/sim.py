@@ -25,10 +25,18 @@ class Vocabulary:
 
 
 class CrmOutput(NamedTuple):
-    """What a CRM says of a batch: the state that gates read [batch, width] and the logit of liking [batch]."""
+    """What a CRM says of a batch.
+
+    Attributes:
+        state: what gates read of (user, target, history), [batch, state_width].
+        logit: logit of liking, [batch].
+        user_state: what is known without the target item, [batch, user_state_width]; with a history that was retrieved
+            for the target (any strategy but `recent`) it depends on the target all the same.
+    """
 
     state: Tensor
     logit: Tensor
+    user_state: Tensor
 
 
 class Sim(nn.Module):
@@ -55,19 +63,23 @@ class Sim(nn.Module):
         self.dnn = mlp(inputs, config.dnn, config.dropout)
         self.logit = nn.Linear(config.dnn[-1], 1)
         self.state_width = config.dnn[-1]
+        self.user_state_width = target + self.user_fields.width + width * config.user_id + 3 * config.statistics
 
     def forward(self, batch: CrmBatch) -> CrmOutput:
         """State and logit of a batch."""
         target = self.dropout(self._item_vectors(batch.item))
         history = self._history(batch)
         mask = torch.arange(history.shape[1], device=history.device) < batch.length[:, None]
-        parts = [target, self.attention(target, history, mask), self.user_fields(batch.user_fields)]
+        user = [self.user_fields(batch.user_fields)]
         if self.user is not None:
-            parts.append(self.dropout(self.user(batch.user)))
+            user.append(self.dropout(self.user(batch.user)))
+        parts, known = [target, self.attention(target, history, mask), *user], [masked_mean(history, mask), *user]
         if self.config.statistics:
-            parts.append(statistics_features(batch.statistics))
+            features = statistics_features(batch.statistics)
+            parts.append(features)
+            known.append(features[:, 1::2])
         state = self.dnn(torch.cat(parts, dim=-1))
-        return CrmOutput(state, self.logit(state).squeeze(-1))
+        return CrmOutput(state, self.logit(state).squeeze(-1), torch.cat(known, dim=-1))
 
     def _item_vectors(self, items: Tensor) -> Tensor:
         return torch.cat([self.item(items), self.fields(self.item_fields[items])], dim=-1)
@@ -93,6 +105,12 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     table = nn.Embedding(rows, width)
     nn.init.normal_(table.weight, std=0.1)
     return table
+
+
+def masked_mean(history: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the real steps of [batch, steps, width]; zero where there are none."""
+    real = mask[..., None].to(history.dtype)
+    return (history * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def statistics_features(counts: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_settings_and_groups_together() -> None:
         ("events.fractions=[0.8,0.2]", "config events.fractions"),
         ("retrieval=recent", "config retrieval = 'recent'"),
         ("crm_train=null", "config crm_train = None"),
-        ("adapters.reclora.gate=mean", "input should be 'crm', 'uniform' or 'none'"),
+        ("adapters.reclora.gate=mean", "input should be 'crm', 'user', 'id', 'random', 'uniform' or 'none'"),
     ],
 )
 def test_a_typo_or_a_wrong_type_is_named_with_its_remedy(setting: str, words: str) -> None:
