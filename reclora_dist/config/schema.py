@@ -32,6 +32,8 @@ class SynthesiseConfig(Section):
     styles: int = knob(3, "hidden styles of items that no text names; only who liked what shows them")
     drift: float = knob(0.3, "share of a user's taste that moves from the first day to the last")
     noise: float = knob(0.5, "standard deviation of the noise on the logit of liking")
+    personal: float = knob(1.0, "strength of what users like differently; 0: all like the same")
+    truth: bool = knob(False, "publish the probability of liking beside each event, to know the best possible AUC")
     activity_exponent: float = knob(
         2.5, "tail of the users' activity: the share with more than n events falls like n to the minus this; above 1"
     )
