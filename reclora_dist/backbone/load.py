@@ -31,9 +31,19 @@ class Backbone(nn.Module):
         self.model = model
         self.register_buffer("answers", answers, persistent=False)
         self.head = None if answers is not None else nn.Linear(width, 2)
+        self.width = width
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
-        """Logits [batch, 2] in float32.
+        """Logits [batch, 2] in float32; the arguments are those of ``pooled``."""
+        pooled = self.pooled(input_ids, attention_mask, last)
+        if self.head is None:
+            assert self.answers is not None
+            return F.linear(pooled, self.answers).float()
+        logits: Tensor = self.head(pooled.float())
+        return logits
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
+        """The state that the score is read from, [batch, width]: the last position's, or an encoder's mean.
 
         Args:
             input_ids: int64 [batch, length], right-padded.
@@ -42,10 +52,9 @@ class Backbone(nn.Module):
         """
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options()).last_hidden_state
         if self.head is None:
-            assert self.answers is not None
-            return F.linear(hidden[torch.arange(len(last), device=last.device), last], self.answers).float()
-        logits: Tensor = self.head(mean_pool(hidden, attention_mask).float())
-        return logits
+            last_state: Tensor = hidden[torch.arange(len(last), device=last.device), last]
+            return last_state
+        return mean_pool(hidden, attention_mask)
 
     def _options(self) -> dict[str, Any]:
         return {"use_cache": False} if self.head is None else {}

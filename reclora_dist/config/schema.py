@@ -287,7 +287,7 @@ class LoraConfig(Section):
     shared_gate: bool = knob(False, "one gate for all matrices (iLoRA) in place of one per matrix")
     top_k: int = knob(0, "keep only the k largest weights of a mixture; 0: all")
     balance: float = knob(0.0, "weight of the load-balance loss, which rewards the even use of the experts; 0: none")
-    temperature: float = knob(5.0, "divides the gate's logits")
+    temperature: float = knob(5.0, "divides the gate's logits (not in mode `matrix`, which has no softmax)")
     gate_hidden: int = knob(60, "hidden width of a gate")
     gate_dropout: float = knob(0.1, "dropout of a gate's hidden layer")
     state_dropout: float = knob(0.0, "dropout of the state that the gate reads")
@@ -297,6 +297,21 @@ class LoraConfig(Section):
         "how the score is made: the backbone's answers; these plus the CRM's logit; or a small MLP on the pooled state "
         "and the CRM's state (late fusion)",
     )
+
+    @property
+    def mixture_width(self) -> int:
+        """Numbers that the gate sets per sample and matrix."""
+        return self.rank**2 if self.mode == "matrix" else self.experts
+
+    @property
+    def personal(self) -> bool:
+        """Whether these numbers can differ between samples."""
+        return self.gate not in ("uniform", "none") and self.mixture_width > 1
+
+    @property
+    def weighs(self) -> bool:
+        """Whether they are weights of experts, so that there is something to say about the experts' use."""
+        return self.personal and self.mode != "matrix"
 
 
 @dataclass(frozen=True)
@@ -335,7 +350,10 @@ class EvaluateConfig(Section):
     batch_size: int = knob(256, "samples per forward pass")
     bootstrap: int = knob(1000, "bootstrap resamples of users")
     calibration_bins: int = knob(15, "bins of the expected calibration error")
-    seed: int = knob(0, "seed of the resamples")
+    shuffled: bool = knob(
+        False, "score each gated adapter also with the mixtures of other samples, as the model `<name> (shuffled)`"
+    )
+    seed: int = knob(0, "seed of the resamples and of that shuffle")
 
 
 @dataclass(frozen=True)

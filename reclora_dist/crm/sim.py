@@ -62,6 +62,7 @@ class Sim(nn.Module):
         inputs = 2 * target + self.user_fields.width + width * config.user_id + 6 * config.statistics
         self.dnn = mlp(inputs, config.dnn, config.dropout)
         self.logit = nn.Linear(config.dnn[-1], 1)
+        self.users = vocabulary.users
         self.state_width = config.dnn[-1]
         self.user_state_width = target + self.user_fields.width + width * config.user_id + 3 * config.statistics
 

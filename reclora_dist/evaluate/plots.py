@@ -66,11 +66,11 @@ def calibration(curves: Sequence[Curve]) -> bytes:
 def gates(mixtures: Mapping[str, NDArray[np.float32]], models: Sequence[str]) -> bytes:
     """How gates use their experts, from mixtures float32 [n, matrices, experts] of some of the report's models.
 
-    Left: weight of each expert, mean and standard deviation over samples and matrices. Right: distribution of the
-    mixtures' entropy as a share of the uniform mixture's.
+    Left: weight of each expert, mean and standard deviation over samples and matrices. Middle: share of the mixtures in
+    which it has the largest weight. Right: distribution of the mixtures' entropy as a share of the uniform mixture's.
     """
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     width = 0.8 / len(mixtures)
     for place, (name, mixture) in enumerate(mixtures.items()):
         style = _style(models.index(name))
@@ -78,14 +78,18 @@ def gates(mixtures: Mapping[str, NDArray[np.float32]], models: Sequence[str]) ->
         experts = np.arange(flat.shape[1]) + (place - (len(mixtures) - 1) / 2) * width
         errors = {"ecolor": _GREY, "elinewidth": 0.8}
         left.bar(experts, flat.mean(0), width, yerr=flat.std(0), color=style["color"], label=name, error_kw=errors)
+        largest = np.bincount(flat.argmax(axis=1), minlength=flat.shape[1]) / len(flat)
+        middle.bar(experts, largest, width, color=style["color"])
         right.hist(_entropy(flat), bins=np.linspace(0, 1, 51), density=True, histtype="step", label=name, **style)
-    largest = max(mixture.shape[-1] for mixture in mixtures.values())
-    left.axhline(1 / largest, color=_GREY, linewidth=0.8, linestyle=":")
+    most = max(mixture.shape[-1] for mixture in mixtures.values())
     left.set(xlabel="Expert", ylabel="Weight", title="Mean mixture (bars: standard deviation)", ylim=(0, None))
-    left.set_xticks(range(largest))
+    middle.set(xlabel="Expert", ylabel="Share of mixtures", title="Expert with the largest weight")
+    for axes in (left, middle):
+        axes.axhline(1 / most, color=_GREY, linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(most))
     right.set(xlabel="Entropy / log(experts)", ylabel="Density", title="Entropy of the mixtures", xlim=(0, 1.02))
     right.legend(loc="upper left", frameon=False)
-    _bare(left, right)
+    _bare(left, middle, right)
     return _png(figure)
 
 

@@ -1,5 +1,7 @@
 """Score rows of text shards with one adapter: the same code validates in training, evaluates and serves."""
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -78,11 +80,20 @@ class Scorer:
         return self.config.name
 
     @torch.inference_mode()
-    def score(self, rows: pa.Table) -> Scores:
-        """Probability of a like for rows in the text shard schema, float64 [rows], in their order."""
+    def score(self, rows: pa.Table, donors: pa.Table | None = None) -> Scores:
+        """Probability of a like for rows in the text shard schema, float64 [rows], in their order.
+
+        Args:
+            donors: for each row one whose mixture takes the place of the row's own (see ``shuffled``); all else stays.
+        """
         scores = np.empty(rows.num_rows)
-        for places, batch in self._batches(rows):
-            logits = self.model(self.collate(batch).to(self.device))
+        for places, table in self._batches(rows):
+            batch = self.collate(table).to(self.device)
+            foreign = None
+            if donors is not None:
+                crm = crm_batch(donors.take(pa.array(places))).to(self.device)
+                foreign = self.model.mixture(dataclasses.replace(batch, crm=crm))
+            logits = self.model(batch, foreign)
             scores[places] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
         return scores
 
@@ -96,8 +107,11 @@ class Scorer:
 
     @torch.inference_mode()
     def mixtures(self, rows: pa.Table) -> npt.NDArray[np.float32]:
-        """Gate weights, float32 [rows, matrices, experts]; one expert of weight 1 where there is no gate."""
-        parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.experts), np.float32)
+        """Gate weights, float32 [rows, matrices, experts]; one expert of weight 1 where there is no gate.
+
+        In mode ``matrix`` they are matrices, [rows, matrices, r · r].
+        """
+        parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.mixture_width), np.float32)
         for places, batch in self._batches(rows):
             mixture = self.model.mixture(self.collate(batch).to(self.device))
             if mixture is not None:
@@ -109,6 +123,14 @@ class Scorer:
         order = np.argsort(rows["short_length"].to_numpy(), kind="stable")
         places = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         return [(part, rows.take(pa.array(part))) for part in places]
+
+
+def shuffled(rows: pa.Table, seed: int) -> pa.Table:
+    """The rows in a random order that leaves none (of two or more) at its place: donors of ``Scorer.score``."""
+    order = np.random.default_rng(seed).permutation(rows.num_rows)
+    donors = np.empty_like(order)
+    donors[order] = np.roll(order, 1)
+    return rows.take(pa.array(donors))
 
 
 def referenced(adapter: Folder, config: AdapterConfig, name: str) -> Folder:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 import torch
 
+from reclora_dist.config.check import shuffled_names
 from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import evaluation_target
@@ -28,7 +29,7 @@ from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
 from reclora_dist.evaluate.baselines import running_averages
 from reclora_dist.evaluate.metrics import Interval, binary_metrics, paired_difference
 from reclora_dist.evaluate.report import Difference, ModelResult
-from reclora_dist.evaluate.scorer import Scorer, crm_probability
+from reclora_dist.evaluate.scorer import Scorer, crm_probability, shuffled
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import Meters
 
@@ -86,6 +87,8 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     workers = max(1, config.ray.workers)
     cuts = np.linspace(0, rows.num_rows, workers + 1).astype(int)
     shared = [ray.put(rows.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
+    others = shuffled(rows, config.evaluate.seed)
+    donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
     task = _score_adapter.options(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)
     pending = {
         name: [
@@ -94,6 +97,10 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
         ]
         for name in config.adapters
     }
+    for name, control in shuffled_names(config).items():
+        uri, threads, size = folder(config, f"adapters/{name}").uri, config.ray.threads, config.evaluate.batch_size
+        pairs = zip(shared, donors, strict=True)
+        pending[control] = [task.remote(uri, part, threads, size, donor) for part, donor in pairs]
     adapters = {}
     for name, references in pending.items():
         adapters[name] = _joined(ray.get(references))
@@ -103,12 +110,15 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
 
 
 @ray.remote
-def _score_adapter(adapter: str, rows: pa.Table, threads: int, batch_size: int) -> Scored:
+def _score_adapter(
+    adapter: str, rows: pa.Table, threads: int, batch_size: int, donors: pa.Table | None = None
+) -> Scored:
     scorer = Scorer.load(Folder(adapter), threads, batch_size)
     started = time.perf_counter()
-    scores = scorer.score(rows)
+    scores = scorer.score(rows, donors)
     rate = rows.num_rows / (time.perf_counter() - started)
-    mixtures = scorer.mixtures(rows.slice(0, MIXTURE_ROWS)) if scorer.config.lora.gate == "crm" else None
+    shown = donors is None and scorer.config.lora.weighs
+    mixtures = scorer.mixtures(rows.slice(0, MIXTURE_ROWS)) if shown else None
     return Scored(scores, rate, mixtures)
 
 

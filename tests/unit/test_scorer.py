@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from safetensors.torch import load_file
 from sample_data import small_config, write_run
 
@@ -17,7 +18,7 @@ from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
-from reclora_dist.evaluate.scorer import Scorer, referenced
+from reclora_dist.evaluate.scorer import Scorer, referenced, shuffled
 from reclora_dist.lora.adapter import load_trained, read_adapter_config
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
@@ -25,16 +26,25 @@ from reclora_dist.train.context import Context
 
 @pytest.fixture(scope="module")
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two adapters."""
+    """A run with adapters of several kinds."""
     run = tmp_path_factory.mktemp("scorer") / "run"
     shutil.copytree(prepared, run)
-    for name in ("lora", "reclora"):
+    for name in ADAPTERS:
         stages.train_adapter(config(run), name, Context())
     return run
 
 
+ADAPTERS = {
+    "lora": LoraConfig(experts=1, rank=4, gate="none"),
+    "reclora": LoraConfig(experts=4, rank=4, temperature=1.0),
+    "id": LoraConfig(experts=3, rank=4, gate="id", head="offset"),
+    "random": LoraConfig(experts=3, rank=4, gate="random", temperature=0.5, head="fusion"),
+    "ilora": LoraConfig(experts=4, rank=4, mode="outputs", shared_gate=True, top_k=2, balance=0.1, temperature=1.0),
+}
+
+
 def config(run: Path) -> Config:
-    return small_config(run, engine=EngineConfig(kind="torch"))
+    return small_config(run, engine=EngineConfig(kind="torch"), adapters=ADAPTERS)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +107,12 @@ def test_mixtures_are_one_per_row_and_matrix(scorer: Scorer, run: Path, rows: pa
     assert (plain.mixtures(rows) == np.ones((rows.num_rows, 4, 1))).all()
 
 
-def test_it_is_the_model_that_validation_chose(scorer: Scorer, run: Path) -> None:
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_is_the_model_that_validation_chose(run: Path, name: str) -> None:
     """Loaded again, the adapter reaches the validation AUC that its manifest states."""
     rows = split(run, "validation")
-    stated = read_manifest(adapter(run), ADAPTER).facts["validation_auc"]
-    labels, found = rows["label"].to_numpy(), scorer.score(rows)
+    stated = read_manifest(adapter(run, name), ADAPTER).facts["validation_auc"]
+    labels, found = rows["label"].to_numpy(), Scorer.load(adapter(run, name)).score(rows)
     pairs = found[labels == 1][:, None] - found[labels == 0][None]
     assert ((pairs > 0) + 0.5 * (pairs == 0)).mean() == pytest.approx(stated, abs=1e-3)
 
@@ -199,3 +210,37 @@ def test_labels_are_not_read(scorer: Scorer, rows: pa.Table) -> None:
     few = rows.slice(0, 5)
     liked = few.set_column(few.column_names.index("label"), "label", pa.array([1] * 5, pa.int8()))
     np.testing.assert_array_equal(scorer.score(liked), scorer.score(few))
+
+
+def test_a_shuffle_leaves_no_row_at_its_place_and_loses_none(rows: pa.Table) -> None:
+    ids = rows["sample_id"].to_numpy()
+    found = shuffled(rows, seed=3)["sample_id"].to_numpy()
+    assert sorted(found) == sorted(ids)
+    assert not (found == ids).any()
+    assert (found == shuffled(rows, seed=3)["sample_id"].to_numpy()).all()
+    assert (found != shuffled(rows, seed=4)["sample_id"].to_numpy()).any()
+    assert np.median(np.abs(np.argsort(np.argsort(found)) - np.argsort(np.argsort(ids)))) > rows.num_rows / 8, (
+        "far away"
+    )
+    assert shuffled(rows.slice(0, 0), seed=3).num_rows == 0
+    assert shuffled(rows.slice(0, 1), seed=3).num_rows == 1
+
+
+@pytest.mark.parametrize("name", ["reclora", "id", "random", "ilora"])
+def test_a_shuffled_gate_changes_scores_through_the_mixture_alone(run: Path, rows: pa.Table, name: str) -> None:
+    scorer = Scorer.load(adapter(run, name))
+    own, foreign = scorer.score(rows), scorer.score(rows, shuffled(rows, seed=0))
+    np.testing.assert_allclose(scorer.score(rows, rows), own, atol=1e-6)
+    assert (np.abs(foreign - own) > 1e-7).mean() > 0.5
+    donors = rows.take(pa.array(np.full(rows.num_rows, 5)))
+    no_text = donors.drop_columns(["short_items", "short_levels", "short_length"])
+    np.testing.assert_array_equal(scorer.score(rows, no_text), scorer.score(rows, donors))
+    with torch.no_grad():
+        for bank in scorer.model.banks.values():
+            bank.B.zero_()
+    np.testing.assert_allclose(scorer.score(rows, shuffled(rows, seed=0)), scorer.score(rows), atol=1e-9)
+
+
+def test_plain_lora_has_nothing_to_shuffle(run: Path, rows: pa.Table) -> None:
+    plain = Scorer.load(adapter(run, "lora"))
+    np.testing.assert_array_equal(plain.score(rows, shuffled(rows, seed=0)), plain.score(rows))
