@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from reclora_dist.backbone.load import Backbone
 from reclora_dist.config.schema import BackboneConfig, LoraConfig
-from reclora_dist.crm.sim import Sim
+from reclora_dist.crm.build import Crm
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.gate import GateStack
 from reclora_dist.lora.inject import Conditioning, inject
@@ -20,7 +20,7 @@ class RecLora(nn.Module):
     trainable parameters.
     """
 
-    def __init__(self, backbone: Backbone, crm: Sim, target: BackboneConfig, config: LoraConfig) -> None:
+    def __init__(self, backbone: Backbone, crm: Crm, target: BackboneConfig, config: LoraConfig) -> None:
         super().__init__()
         if config.gate == "none" and config.experts != 1:
             raise ValueError(f"gate 'none' needs experts = 1, not {config.experts}; or take gate 'uniform'")
@@ -32,7 +32,7 @@ class RecLora(nn.Module):
         self._crm = [crm.eval().requires_grad_(False)]
 
     @property
-    def crm(self) -> Sim:
+    def crm(self) -> Crm:
         """The frozen CRM."""
         return self._crm[0]
 
