@@ -1,6 +1,6 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
-from reclora_dist.config.schema import Config, TrainConfig
+from reclora_dist.config.schema import Config, CrmConfig, TrainConfig
 
 
 def check_config(config: Config) -> None:
@@ -18,8 +18,24 @@ def check_config(config: Config) -> None:
         raise ValueError("events.source.path is empty; give the folder of the raw log")
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
+    check_crm(config.crm, config.retrieval.strategy)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     check_sizes(config.lora_train, config.ray.workers, "lora_train")
+
+
+def check_crm(config: CrmConfig, strategy: str) -> None:
+    """Refuse a conventional model that cannot be built, or that would be another than its name says.
+
+    Raises:
+        ValueError: sasrec's heads do not divide the width, or din on other than the newest events.
+    """
+    if config.kind == "din" and strategy != "recent":
+        raise ValueError(
+            f"crm.kind 'din' reads the newest events, retrieval.strategy is {strategy!r}: take crm=din, which sets "
+            "retrieval.strategy=recent, or crm=sim, the same network on retrieved events"
+        )
+    if config.kind == "sasrec" and config.embedding % config.heads:
+        raise ValueError(f"crm.embedding {config.embedding} is not a multiple of crm.heads {config.heads}")
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:
