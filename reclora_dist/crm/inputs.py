@@ -13,7 +13,7 @@ from reclora_dist.crm.batch import CrmBatch
 
 PRIME = 2**31 - 1
 HASHES = ((1_103_515_245, 12_345), (1_779_033_703, 1_013_904_223))
-"""(a, b) of the hash functions ((a x + b) mod PRIME) mod rows (Carter and Wegman); int64 holds a x for all positions."""
+"""(a, b) of the hash functions ((a x + b) mod PRIME) mod rows (Carter and Wegman); a x fits int64 for all positions."""
 
 
 @dataclass(frozen=True)
