@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from reclora_dist.config.schema import Config, LoraConfig, TrainConfig
+from reclora_dist.config.schema import Config, CrmConfig, LoraConfig, TrainConfig
 
 
 def check_config(config: Config) -> None:
@@ -28,6 +28,7 @@ def check_config(config: Config) -> None:
                 f"adapters.{name}.gate 'user' must not know the target item, but retrieval.strategy "
                 f"{config.retrieval.strategy!r} chooses histories by it; take strategy 'recent', or gate 'crm'"
             )
+    check_crm(config.crm, config.retrieval.strategy)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     check_sizes(config.lora_train, config.ray.workers, "lora_train")
 
@@ -92,6 +93,21 @@ def _bad_pairs(lora: LoraConfig) -> Iterator[tuple[bool, str]]:
     for name in ("state_dropout", "state_noise"):
         value = getattr(lora, name)
         yield value > 0 and not reads_state, f"{name} {value} needs a gate that reads a state, not {gate!r}; set 0"
+
+
+def check_crm(config: CrmConfig, strategy: str) -> None:
+    """Refuse a conventional model that cannot be built, or that would be another than its name says.
+
+    Raises:
+        ValueError: sasrec's heads do not divide the width, or din on other than the newest events.
+    """
+    if config.kind == "din" and strategy != "recent":
+        raise ValueError(
+            f"crm.kind 'din' reads the newest events, retrieval.strategy is {strategy!r}: take crm=din, which sets "
+            "retrieval.strategy=recent, or crm=sim, the same network on retrieved events"
+        )
+    if config.kind == "sasrec" and config.embedding % config.heads:
+        raise ValueError(f"crm.embedding {config.embedding} is not a multiple of crm.heads {config.heads}")
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:

@@ -235,12 +235,26 @@ class EmbedConfig(Section):
 
 @dataclass(frozen=True)
 class CrmConfig(Section):
-    """SIM: DIN's attention over the retrieved history."""
+    """The conventional recommendation model."""
 
+    kind: Literal["sim", "din", "gru4rec", "sasrec", "deepfm", "dcnv2"] = knob(
+        "sim",
+        "sim: DIN's attention on the retrieved history; din: the same network, on the newest events; gru4rec, sasrec: "
+        "the history in time order; deepfm, dcnv2: products of fields and the mean history",
+    )
     embedding: int = knob(16, "width of an embedding")
-    attention: tuple[int, ...] = knob((64, 32), "hidden widths of the attention MLP")
+    item_rows: int = knob(
+        0,
+        "rows of the items' embeddings, at most: items are hashed to two rows each where they are more; 0: a row per "
+        "item. The fields of all items are held all the same",
+    )
+    user_rows: int = knob(0, "user_id: rows of the users' embeddings, at most, in the same way; 0: a row per user")
+    attention: tuple[int, ...] = knob((64, 32), "sim, din: hidden widths of the attention MLP")
+    layers: int = knob(2, "gru4rec, sasrec, dcnv2: recurrent layers, blocks, cross layers")
+    heads: int = knob(2, "sasrec: attention heads; embedding is a multiple of it")
+    positions: int = knob(200, "sasrec: positions that are told apart, from the newest; older ones share the last")
     dnn: tuple[int, ...] = knob((256, 256, 256), "hidden widths of the DNN; the last is the state that gates read")
-    dropout: float = knob(0.1, "dropout of the DNN")
+    dropout: float = knob(0.1, "dropout of the DNN and of sasrec's blocks")
     embedding_dropout: float = knob(0.1, "dropout of the embeddings")
     user_id: bool = knob(False, "embed the user's id (useless where test users are new)")
     statistics: bool = knob(True, "read the running statistics of item and user")

@@ -13,7 +13,7 @@ from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.sim import Sim
+from reclora_dist.crm.build import Crm
 from reclora_dist.data.collate import TextCollator, crm_batch
 from reclora_dist.data.prompts import PromptBuilder
 from reclora_dist.lora.adapter import AdapterConfig, load_adapter, resolved_backbone
@@ -44,7 +44,7 @@ def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextC
     return TextCollator(prompts)
 
 
-def crm_probability(model: Sim, batch: CrmBatch) -> torch.Tensor:
+def crm_probability(model: Crm, batch: CrmBatch) -> torch.Tensor:
     """The CRM's own probability of a like, [batch]."""
     return torch.sigmoid(model(batch).logit.double())
 

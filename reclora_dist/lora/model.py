@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from reclora_dist.backbone.load import Backbone
 from reclora_dist.config.check import check_lora
 from reclora_dist.config.schema import BackboneConfig, LoraConfig
-from reclora_dist.crm.sim import CrmOutput, Sim
+from reclora_dist.crm.batch import CrmOutput
+from reclora_dist.crm.build import Crm
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.fusion import Fusion
 from reclora_dist.lora.gate import Gate, GateStack, IdGate, RandomGate
@@ -23,7 +24,7 @@ class RecLora(nn.Module):
     trainable parameters.
     """
 
-    def __init__(self, backbone: Backbone, crm: Sim, target: BackboneConfig, config: LoraConfig) -> None:
+    def __init__(self, backbone: Backbone, crm: Crm, target: BackboneConfig, config: LoraConfig) -> None:
         """Wrap ``backbone``, which is changed in place.
 
         Raises:
@@ -43,7 +44,7 @@ class RecLora(nn.Module):
         self._crm = [crm.eval().requires_grad_(False)]
 
     @property
-    def crm(self) -> Sim:
+    def crm(self) -> Crm:
         """The frozen CRM."""
         return self._crm[0]
 
@@ -99,7 +100,7 @@ class RecLora(nn.Module):
         return mixture.expand(len(self.banks), -1, -1)  # a shared gate's is that of every matrix
 
 
-def _gates(config: LoraConfig, matrices: int, crm: Sim, seed: int) -> Gate | None:
+def _gates(config: LoraConfig, matrices: int, crm: Crm, seed: int) -> Gate | None:
     gates = 1 if config.shared_gate else matrices
     match config.gate:
         case "crm":
@@ -107,7 +108,7 @@ def _gates(config: LoraConfig, matrices: int, crm: Sim, seed: int) -> Gate | Non
         case "user":
             return GateStack(gates, crm.user_state_width, config)
         case "id":
-            return IdGate(gates, crm.users, config)
+            return IdGate(gates, crm.inputs.users, config)
         case "random":
             return RandomGate(gates, config, seed)
         case "uniform" | "none":

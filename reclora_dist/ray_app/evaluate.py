@@ -22,7 +22,7 @@ from reclora_dist.config.targets import evaluation_target
 from reclora_dist.contract.arrays import read_array
 from reclora_dist.contract.manifest import FileEntry, add_file, verified
 from reclora_dist.contract.parts import read_parts, write_part
-from reclora_dist.contract.schema import CRM, EVALUATION, SHARDS, VECTORS, predictions
+from reclora_dist.contract.schema import CRM, EVALUATION, EVENTS, SHARDS, VECTORS, predictions
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
@@ -146,7 +146,9 @@ def read_vectors(config: Config) -> npt.NDArray[np.float32]:
 
 @torch.inference_mode()
 def _crm(config: Config, rows: pa.Table) -> Scored:
-    model = load_crm(folder(config, "crm"), manifest(config, "crm", CRM))
+    items = manifest(config, "events", EVENTS).select("items/")
+    fields = read_parts(folder(config, "events"), items, ("item", "fields"))
+    model = load_crm(folder(config, "crm"), manifest(config, "crm", CRM), fields)
     started = time.perf_counter()
     parts = [
         crm_probability(model, crm_batch(rows.slice(start, 4096))).numpy() for start in range(0, rows.num_rows, 4096)

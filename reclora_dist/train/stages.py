@@ -18,9 +18,8 @@ from reclora_dist.config.targets import Target, adapter_target, backbone_target,
 from reclora_dist.contract.manifest import FileEntry, Manifest, add_file
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import CRM, EVENTS, SHARDS, VECTORS
-from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.build import add_crm, build_crm, load_crm, vocabulary_of
-from reclora_dist.crm.sim import CrmOutput, Sim
+from reclora_dist.crm.batch import CrmBatch, CrmOutput
+from reclora_dist.crm.build import Crm, add_crm, build_crm, load_crm, vocabulary_of
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
 from reclora_dist.data.plan import EpochPlan, SequentialPlan, row_groups
 from reclora_dist.data.readers import read_batches
@@ -113,7 +112,7 @@ def train_adapter(config: Config, name: str, context: Context) -> None:
         store.clear()
 
 
-def build_model(config: Config, lora: LoraConfig, crm: Sim) -> RecLora:
+def build_model(config: Config, lora: LoraConfig, crm: Crm) -> RecLora:
     """An untrained RecLoRA; the same seed gives the same weights on every worker."""
     backbone = load_backbone(config.backbone, backbone_path(config))
     torch.manual_seed(config.lora_train.seed)

@@ -20,7 +20,7 @@ OPTIONS = sorted(
 
 
 def test_the_groups_are_there() -> None:
-    assert {option.partition("=")[0] for option in OPTIONS} >= {"adapters", "backbone", "data", "engine"}
+    assert {option.partition("=")[0] for option in OPTIONS} >= {"adapters", "backbone", "crm", "data", "engine"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -37,8 +37,10 @@ def test_every_shipped_option_composes(option: str) -> None:
     if group == "backbone":
         assert config.backbone.kind == name
         assert ("backbone" in {stage.name for stage in plan(config)}) == (name == "tiny")
-    if group == "adapters":
+    if group in ("adapters", "crm"):
         check_config(config)
+    if group == "crm":
+        assert config.crm.kind == name
 
 
 def with_path(config: Config) -> Config:
@@ -138,6 +140,8 @@ def test_every_problem_is_a_line() -> None:
             "histories by it; take strategy 'recent', or gate 'crm'",
         ),
         (["adapters.lora.experts=2"], "adapters.lora: gate 'none' needs experts = 1, not 2; or take gate 'uniform'"),
+        (["crm.kind=din"], "crm.kind 'din' reads the newest events, retrieval.strategy is 'semantic': take crm=din"),
+        (["crm=sasrec", "crm.heads=3"], "crm.embedding 16 is not a multiple of crm.heads 3"),
         (["crm_train.batch_size=7"], "crm_train.batch_size 7 is not a multiple of 2"),
         (["lora_train.batch_size=64", "lora_train.micro_batch=24"], "lora_train.batch_size 64 is not a multiple of 48"),
         (

@@ -14,7 +14,8 @@ from reclora_dist.backbone.load import Backbone, load_backbone, load_tokenizer
 from reclora_dist.backbone.tiny import build, train_tokenizer
 from reclora_dist.config.schema import BackboneConfig, CrmConfig, LoraConfig, TinyConfig
 from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.sim import Sim, Vocabulary
+from reclora_dist.crm.inputs import Vocabulary
+from reclora_dist.crm.sim import Sim
 from reclora_dist.lora.adapter import load_trained
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.gate import GateStack, imbalance
