@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from reclora_dist.config.load import build
 from reclora_dist.config.schema import CrmConfig
-from reclora_dist.contract.manifest import FileEntry, Manifest, add_file, verified
+from reclora_dist.contract.manifest import FileEntry, Manifest, add_digested, digested, verified
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.sim import Sim, Vocabulary, item_fields_tensor
 
@@ -39,8 +39,8 @@ def add_crm(folder: Folder, model: Sim, vocabulary: Vocabulary) -> list[FileEntr
     record = {"config": dataclasses.asdict(model.config), "vocabulary": dataclasses.asdict(vocabulary)}
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return [
-        add_file(folder, CONFIG, json.dumps(record, indent=1).encode()),
-        add_file(folder, WEIGHTS, save(weights)),
+        add_digested(folder, CONFIG, json.dumps(record, indent=1).encode()),
+        add_digested(folder, WEIGHTS, save(weights)),
     ]
 
 
@@ -50,15 +50,18 @@ def load_crm(folder: Folder, manifest: Manifest) -> Sim:
     Raises:
         ContractError: a file is missing or damaged.
     """
-    entries = {entry.path: entry for entry in manifest.files}
-    record = json.loads(verified(folder, entries[CONFIG]))
-    weights = load(verified(folder, entries[WEIGHTS]))
+    config, tensors = (verified(folder, entry) for entry in crm_files(folder, manifest))
+    record, weights = json.loads(config), load(tensors)
     vocabulary = build(Vocabulary, record["vocabulary"])
     model = Sim(build(CrmConfig, record["config"]), vocabulary, weights["item_fields"])
     model.load_state_dict(weights)
     return model.eval()
 
 
-def crm_files(manifest: Manifest) -> Sequence[FileEntry]:
-    """The entries of a CRM's two files."""
-    return [entry for entry in manifest.files if entry.path in (CONFIG, WEIGHTS)]
+def crm_files(folder: Folder, manifest: Manifest) -> Sequence[FileEntry]:
+    """The entries of a CRM's config and weights.
+
+    Raises:
+        ContractError: the dataset has no CRM.
+    """
+    return [digested(folder, manifest, name) for name in (CONFIG, WEIGHTS)]

@@ -13,7 +13,16 @@ from torch import Tensor
 from reclora_dist.backbone.load import load_backbone
 from reclora_dist.config.load import build
 from reclora_dist.config.schema import BackboneConfig, LoraConfig, PromptConfig, RetrievalConfig
-from reclora_dist.contract.manifest import ContractError, Manifest, add_file, commit, read_manifest, verified
+from reclora_dist.contract.manifest import (
+    ContractError,
+    Manifest,
+    add_digested,
+    add_file,
+    commit,
+    digested,
+    read_manifest,
+    verified,
+)
 from reclora_dist.contract.schema import ADAPTER, BACKBONE
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import crm_files, load_crm
@@ -59,7 +68,9 @@ def save_adapter(
     identity: AdapterIdentity,
     facts: Mapping[str, Any],
 ) -> Manifest:
-    """Write an adapter folder; the manifest comes last.
+    """Write an adapter folder: its files, then the manifest that names them, then the model card.
+
+    The card is for people, who add a license or a remark to it: the manifest does not name it, no reader needs it.
 
     Args:
         parameters: the trained parameters by name.
@@ -68,15 +79,16 @@ def save_adapter(
     """
     crm_folder, crm_manifest = crm
     files = [
-        add_file(folder, CONFIG, json.dumps(dataclasses.asdict(config), indent=1).encode()),
-        add_file(folder, WEIGHTS, save({name: value.contiguous() for name, value in parameters.items()})),
-        *(add_file(folder, e.path, verified(crm_folder, e)) for e in crm_files(crm_manifest)),
-        add_file(folder, CARD, model_card(config, facts).encode()),
+        add_digested(folder, CONFIG, json.dumps(dataclasses.asdict(config), indent=1).encode()),
+        add_digested(folder, WEIGHTS, save({name: value.contiguous() for name, value in parameters.items()})),
+        *(add_file(folder, e.path, verified(crm_folder, e)) for e in crm_files(crm_folder, crm_manifest)),
     ]
     manifest = Manifest(
         ADAPTER.name, ADAPTER.version, identity.config_digest, dict(identity.parents), tuple(files), dict(facts)
     )
-    return commit(folder, manifest)
+    commit(folder, manifest)
+    folder.write(CARD, model_card(config, facts).encode())
+    return manifest
 
 
 def read_adapter_config(folder: Folder) -> tuple[AdapterConfig, Manifest]:
@@ -86,8 +98,8 @@ def read_adapter_config(folder: Folder) -> tuple[AdapterConfig, Manifest]:
         ContractError: it is no adapter folder, of another version, or damaged.
     """
     manifest = read_manifest(folder, ADAPTER)
-    entry = next(e for e in manifest.files if e.path == CONFIG)
-    return build(AdapterConfig, json.loads(verified(folder, entry))), manifest
+    content = verified(folder, digested(folder, manifest, CONFIG))
+    return build(AdapterConfig, json.loads(content)), manifest
 
 
 def load_adapter(folder: Folder) -> tuple[RecLora, AdapterConfig]:
@@ -98,8 +110,7 @@ def load_adapter(folder: Folder) -> tuple[RecLora, AdapterConfig]:
     """
     config, manifest = read_adapter_config(folder)
     _check_backbone(folder, config, manifest.parents)
-    entry = next(e for e in manifest.files if e.path == WEIGHTS)
-    parameters = load(verified(folder, entry))
+    parameters = load(verified(folder, digested(folder, manifest, WEIGHTS)))
     backbone = load_backbone(config.backbone, resolved_backbone(folder, config))
     model = RecLora(backbone, load_crm(folder, manifest), config.backbone, config.lora)
     load_trained(model, parameters, folder.uri)
