@@ -4,7 +4,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load, save
@@ -27,6 +28,8 @@ from reclora_dist.contract.schema import ADAPTER, BACKBONE
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import crm_files, load_crm
 from reclora_dist.lora.model import RecLora
+
+_DTYPES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
@@ -102,19 +105,40 @@ def read_adapter_config(folder: Folder) -> tuple[AdapterConfig, Manifest]:
     return build(AdapterConfig, json.loads(content)), manifest
 
 
-def load_adapter(folder: Folder) -> tuple[RecLora, AdapterConfig]:
-    """The model of an adapter folder, in eval mode.
+def load_adapter(
+    folder: Folder, dtype: torch.dtype | None = None, base: str | None = None
+) -> tuple[RecLora, AdapterConfig]:
+    """The model of an adapter folder, in eval mode, and its config with the changes asked for here.
+
+    Args:
+        dtype: float32 or bfloat16, the type of backbone and banks in place of the configured one.
+        base: folder or hub id of the backbone in place of the configured one.
 
     Raises:
-        ContractError: the folder is damaged, or the backbone that its config names is not the one it was trained on.
+        ContractError: the folder is damaged, or the backbone is not the one that the adapter was trained on.
+        ValueError: the dtype is another one.
     """
     config, manifest = read_adapter_config(folder)
+    config = _changed(config, dtype, base)
     _check_backbone(folder, config, manifest.parents)
     parameters = load(verified(folder, digested(folder, manifest, WEIGHTS)))
     backbone = load_backbone(config.backbone, resolved_backbone(folder, config))
     model = RecLora(backbone, load_crm(folder, manifest), config.backbone, config.lora)
     load_trained(model, parameters, folder.uri)
+    for bank in model.banks.values():
+        bank.to(getattr(torch, config.backbone.dtype))
     return model.eval(), config
+
+
+def _changed(config: AdapterConfig, dtype: torch.dtype | None, base: str | None) -> AdapterConfig:
+    if dtype is not None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype} is not supported: take {' or '.join(map(str, _DTYPES))}")
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, dtype=_DTYPES[dtype]))
+    if base is not None:
+        path = Path(base).expanduser()
+        config = dataclasses.replace(config, backbone_path=str(path.resolve()) if path.is_dir() else base)
+    return config
 
 
 def _check_backbone(folder: Folder, config: AdapterConfig, parents: Mapping[str, str]) -> None:

@@ -2,23 +2,27 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from safetensors.torch import load_file
 from sample_data import small_config, write_run
 
-from reclora_dist.config.schema import BackboneConfig, Config, EngineConfig, LoraConfig
+from reclora_dist.config.schema import BackboneConfig, Config, EngineConfig, LoraConfig, TinyConfig
 from reclora_dist.contract.manifest import ContractError, read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
-from reclora_dist.evaluate.scorer import Scorer, referenced
+from reclora_dist.evaluate.scorer import Scorer, feature_store, referenced
 from reclora_dist.lora.adapter import load_trained, read_adapter_config
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
@@ -206,3 +210,45 @@ def test_labels_are_not_read(scorer: Scorer, rows: pa.Table) -> None:
     few = rows.slice(0, 5)
     liked = few.set_column(few.column_names.index("label"), "label", pa.array([1] * 5, pa.int8()))
     np.testing.assert_array_equal(scorer.score(liked), scorer.score(few))
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_readmes_program_scores_the_same_in_a_new_process(run: Path, scorer: Scorer) -> None:
+    code = README.read_text().partition("## Use an adapter from Python")[2].split("```")[1].removeprefix("python")
+    names = {
+        "runs/demo/adapters/reclora": os.path.relpath(adapter(run).uri), "i000001": "i3", "i000002": "i5",
+        "u0000001": "u2",
+    }  # fmt: skip
+    for theirs, ours in names.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    code += "\nassert not scorer.model.training"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rows = feature_store(adapter(run).uri, scorer.config).rows(["i3", "i5"], scorer.config.retrieval, user="u2")
+    found = [float(word) for word in done.stdout.strip("[]\n ").split()]
+    np.testing.assert_allclose(found, scorer.score(rows), atol=1e-6)
+
+
+def test_the_backbone_may_lie_elsewhere_but_must_be_the_same(
+    copy: Path, tmp_path: Path, rows: pa.Table, scores: np.ndarray
+) -> None:
+    moved = (copy / "backbone").rename(tmp_path / "model")
+    with pytest.raises(ContractError, match=r"backbone' has no manifest\.json"):
+        Scorer.from_pretrained(adapter(copy).uri)
+    found = Scorer.from_pretrained(adapter(copy).uri, base=str(moved))
+    np.testing.assert_array_equal(found.score(rows), scores)
+    stages.train_backbone(dataclasses.replace(config(copy), backbone=BackboneConfig(tiny=TinyConfig(steps=2))))
+    with pytest.raises(ContractError, match=r"was trained with backbone .*…, but .* now holds"):
+        Scorer.from_pretrained(adapter(copy).uri, base=str(copy / "backbone"))
+
+
+def test_a_bfloat16_backbone_scores_nearly_the_same(run: Path, rows: pa.Table, scores: np.ndarray) -> None:
+    found = Scorer.from_pretrained(adapter(run).uri, device="cpu", dtype=torch.bfloat16)
+    kinds = {p.dtype for p in found.model.backbone.parameters()}
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in found.model.crm.parameters()} == {torch.float32}
+    np.testing.assert_allclose(found.score(rows), scores, atol=0.03)
+    with pytest.raises(ValueError, match=r"dtype torch\.int8 is not supported: take torch\.float32 or torch\.bfloat16"):
+        Scorer.from_pretrained(adapter(run).uri, dtype=torch.int8)
