@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def save_adapter(
     Args:
         parameters: the trained parameters by name.
         crm: folder and manifest of the frozen CRM; its two files are copied.
-        facts: figures of the training, shown on the model card.
+        facts: figures of the training, shown on the model card; see ``model_card``.
     """
     crm_folder, crm_manifest = crm
     files = [
@@ -90,7 +91,7 @@ def save_adapter(
         ADAPTER.name, ADAPTER.version, identity.config_digest, dict(identity.parents), tuple(files), dict(facts)
     )
     commit(folder, manifest)
-    folder.write(CARD, model_card(config, facts).encode())
+    folder.write(CARD, model_card(config, identity.parents, facts).encode())
     return manifest
 
 
@@ -179,33 +180,87 @@ def load_trained(model: RecLora, parameters: Mapping[str, Tensor], origin: str) 
             parameter.copy_(parameters[name])
 
 
-def model_card(config: AdapterConfig, facts: Mapping[str, Any]) -> str:
-    """A Markdown card: what it is, what it was made from, how it did on validation, and its limits."""
+def model_card(config: AdapterConfig, parents: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    """A Markdown card with the front matter of the Hugging Face hub; the license is left to whoever publishes it.
+
+    Args:
+        parents: content digests of what the training read, by name.
+        facts: figures of the training; ``validation_auc`` and ``history``, its values by step, are among them.
+    """
     lora = config.lora
-    figures = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
+    figures = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str)]
+    known = {key: reference.content_digest for key, reference in config.references.items()} | dict(parents)
     return "\n".join(
         [
+            front_matter(_hub_record(config, known, facts)),
             f"# Adapter `{config.name}`",
             "",
             f"{lora.experts} meta-LoRAs of rank {lora.rank} ({lora.mode} mode, gate: {lora.gate}) on "
-            f"{', '.join(config.backbone.targets)} of `{config.backbone_path}`. It predicts whether a user will like "
-            "an item; the score is the probability of yes.",
+            f"{', '.join(config.backbone.targets)} of `{config.backbone_path}`, personalised as in RecLoRA "
+            "(arXiv 2408.03533). It predicts whether a user will like an item; the score is the probability of yes.",
             "",
+            _USE,
             "## Training",
-            "| figure | value |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in figures.items()),
+            *_table(("figure", "value"), figures),
+            "",
+            "## Validation",
+            *_table(("step", "AUC"), [(point["step"], f"{point['validation_auc']:.4f}") for point in facts["history"]]),
+            "",
+            "The weights are those of the best step. See the evaluation's report for the test split.",
             "",
             "## Data",
-            *(
-                f"* {name}: content digest `{ref.content_digest[:16]}`"
-                for name, ref in sorted(config.references.items())
-            ),
+            *_table(("dataset", "content digest"), [(name, f"`{digest}`") for name, digest in sorted(known.items())]),
             "",
-            "## Limits",
-            "Scores hold for users and items of the data above and for the time it covers; a new item has only its "
-            "text and fields, a user without history gets no score. The figures are of the validation split; see the "
-            "evaluation's report for the test split.",
-            "",
+            _LIMITS,
         ]
     )
+
+
+_USE = """## Use
+```python
+from reclora_dist.evaluate.scorer import Scorer, feature_store
+
+scorer = Scorer.from_pretrained("THIS FOLDER")
+store = feature_store("THIS FOLDER", scorer.config)
+scorer.score(store.rows(["ITEM", "ITEM"], scorer.config.retrieval, user="USER"))
+```
+"""
+
+_LIMITS = """## Intended use
+Scoring of candidates that something else retrieved, for users of the log or users whose history comes with the request.
+It is not meant to rank a whole catalogue, nor for decisions about people.
+
+## Limits
+Scores hold for users and items of the data above and for the time it covers, with the biases of what was shown and
+rated then. A new item has only its text and fields; a user without history gets no score.
+"""
+
+
+def _hub_record(config: AdapterConfig, known: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Front matter by the hub's names; ``model-index`` is how it takes figures."""
+    result = {
+        "task": {"type": "text-classification", "name": "click-through rate prediction"},
+        "dataset": {
+            "type": "reclora.shards",
+            "name": "text samples",
+            "split": "validation",
+            "revision": known["shards"],
+        },
+        "metrics": [{"type": "roc_auc", "name": "AUC", "value": facts["validation_auc"]}],
+    }
+    return {
+        "base_model": config.backbone_path,
+        "library_name": "reclora_dist",
+        "tags": ["recommendation", "click-through-rate", "lora", "reclora"],
+        "metrics": ["roc_auc"],
+        "model-index": [{"name": config.name, "results": [result]}],
+    }
+
+
+def front_matter(record: Mapping[str, Any]) -> str:
+    """YAML between two lines of dashes, as the hub reads it from the top of a card."""
+    return f"---\n{yaml.safe_dump(dict(record), sort_keys=False)}---"
+
+
+def _table(header: tuple[str, str], rows: Sequence[tuple[object, object]]) -> list[str]:
+    return [f"| {left} | {right} |" for left, right in (header, ("---", "---"), *rows)]

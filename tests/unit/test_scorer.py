@@ -124,7 +124,7 @@ def test_the_folder_holds_no_pickle_and_says_what_it_is(run: Path) -> None:
         "manifest.json",
     }  # fmt: skip
     card = (Path(adapter(run).uri) / "README.md").read_text()
-    assert card.startswith("# Adapter `reclora`")
+    assert "\n# Adapter `reclora`\n" in card
     assert "4 meta-LoRAs of rank 4 (weights mode, gate: crm) on q_proj, v_proj" in card
     assert "validation_auc" in card
     found, _ = read_adapter_config(adapter(run))
