@@ -78,7 +78,7 @@ class Scorer:
         Args:
             path: path or URI of the adapter folder.
             device: None takes the GPU where there is one.
-            dtype: type of backbone and banks, float32 or bfloat16; None takes that of the adapter's config.
+            dtype: type of the backbone, float32 or bfloat16; None takes that of the adapter's config.
             base: folder or hub id of the backbone, for an adapter whose own path to it does not lead there.
             batch_size: samples per forward pass.
 

@@ -112,7 +112,7 @@ def load_adapter(
     """The model of an adapter folder, in eval mode, and its config with the changes asked for here.
 
     Args:
-        dtype: float32 or bfloat16, the type of backbone and banks in place of the configured one.
+        dtype: float32 or bfloat16, the type of the backbone in place of the configured one.
         base: folder or hub id of the backbone in place of the configured one.
 
     Raises:
@@ -196,8 +196,8 @@ def model_card(config: AdapterConfig, parents: Mapping[str, str], facts: Mapping
             f"# Adapter `{config.name}`",
             "",
             f"{lora.experts} meta-LoRAs of rank {lora.rank} ({lora.mode} mode, gate: {lora.gate}) on "
-            f"{', '.join(config.backbone.targets)} of `{config.backbone_path}`, personalised as in RecLoRA "
-            "(arXiv 2408.03533). It predicts whether a user will like an item; the score is the probability of yes.",
+            f"{', '.join(config.backbone.targets) or 'queries and values'} of `{config.backbone_path}` (RecLoRA, "
+            "arXiv 2408.03533). It predicts whether a user will like an item; the score is the probability of yes.",
             "",
             _USE,
             "## Training",

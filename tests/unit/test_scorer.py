@@ -246,8 +246,7 @@ def test_the_backbone_may_lie_elsewhere_but_must_be_the_same(
 
 def test_a_bfloat16_backbone_scores_nearly_the_same(run: Path, rows: pa.Table, scores: np.ndarray) -> None:
     found = Scorer.from_pretrained(adapter(run).uri, device="cpu", dtype=torch.bfloat16)
-    kinds = {p.dtype for p in found.model.backbone.parameters()}
-    assert kinds == {torch.bfloat16}
+    assert {p.dtype for name, p in found.model.backbone.named_parameters() if ".bank." not in name} == {torch.bfloat16}
     assert {p.dtype for p in found.model.crm.parameters()} == {torch.float32}
     np.testing.assert_allclose(found.score(rows), scores, atol=0.03)
     with pytest.raises(ValueError, match=r"dtype torch\.int8 is not supported: take torch\.float32 or torch\.bfloat16"):
