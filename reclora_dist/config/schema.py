@@ -388,6 +388,15 @@ class ServeConfig(Section):
 
 
 @dataclass(frozen=True)
+class ExportConfig(Section):
+    """One user's adapter as a PEFT folder."""
+
+    adapter: str = knob("", "adapter folder; its gate must not read the target item")
+    user: str = knob("", "id of a user of the log; empty is possible where the mixture is the same for all")
+    out: str = knob("", "folder to write")
+
+
+@dataclass(frozen=True)
 class PathsConfig(Section):
     """Where everything of a run lies."""
 
@@ -418,3 +427,4 @@ class Config(Section):
     evaluate: EvaluateConfig = knob(EvaluateConfig, "metrics")
     compare: tuple[tuple[str, str], ...] = knob((), "pairs of models whose difference is reported, better one first")
     serve: ServeConfig = knob(ServeConfig, "service")
+    export: ExportConfig = knob(ExportConfig, "export to PEFT")

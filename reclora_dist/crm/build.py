@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reclora_dist.config.load import build
 from reclora_dist.config.schema import CrmConfig
-from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, add_file, verified
+from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, add_digested, digested, verified
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.dcnv2 import DcnV2
 from reclora_dist.crm.deepfm import DeepFm
@@ -34,8 +34,6 @@ KINDS: Mapping[str, type[Crm]] = {
 }
 
 CONFIG, WEIGHTS = "crm_config.json", "crm.safetensors"
-INPUTS = ("item_fields", "item", "fields", "user_fields", "user", "level", "step")
-"""Weights that release 0.1 saved without ``inputs.`` before their names."""
 
 
 def vocabulary_of(facts: Mapping[str, Any]) -> Vocabulary:
@@ -63,8 +61,8 @@ def add_crm(folder: Folder, model: Crm, vocabulary: Vocabulary) -> list[FileEntr
     record = {"config": dataclasses.asdict(model.config), "vocabulary": dataclasses.asdict(vocabulary)}
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return [
-        add_file(folder, CONFIG, json.dumps(record, indent=1).encode()),
-        add_file(folder, WEIGHTS, save(weights)),
+        add_digested(folder, CONFIG, json.dumps(record, indent=1).encode()),
+        add_digested(folder, WEIGHTS, save(weights)),
     ]
 
 
@@ -78,10 +76,8 @@ def load_crm(folder: Folder, manifest: Manifest, items: pa.Table | None = None) 
     Raises:
         ContractError: a file is missing or damaged, or the items have another number of fields.
     """
-    entries = {entry.path: entry for entry in manifest.files}
-    record = json.loads(verified(folder, entries[CONFIG]))
-    weights = load(verified(folder, entries[WEIGHTS]))
-    weights = {f"inputs.{name}" if name.split(".")[0] in INPUTS else name: value for name, value in weights.items()}
+    settings, tensors = (verified(folder, entry) for entry in crm_files(folder, manifest))
+    record, weights = json.loads(settings), load(tensors)
     config, vocabulary = build(CrmConfig, record["config"]), build(Vocabulary, record["vocabulary"])
     model = KINDS[config.kind](config, vocabulary, weights["inputs.item_fields"])
     model.load_state_dict(weights)
@@ -99,6 +95,10 @@ def _extended(known: Tensor, fields: Tensor) -> Tensor:
     return torch.cat([known, fields[len(known) :]])
 
 
-def crm_files(manifest: Manifest) -> Sequence[FileEntry]:
-    """The entries of a CRM's two files."""
-    return [entry for entry in manifest.files if entry.path in (CONFIG, WEIGHTS)]
+def crm_files(folder: Folder, manifest: Manifest) -> Sequence[FileEntry]:
+    """The entries of a CRM's config and weights.
+
+    Raises:
+        ContractError: the dataset has no CRM.
+    """
+    return [digested(folder, manifest, name) for name in (CONFIG, WEIGHTS)]

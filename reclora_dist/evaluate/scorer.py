@@ -10,11 +10,12 @@ import torch
 from reclora_dist.backbone.load import load_tokenizer
 from reclora_dist.contract.manifest import ContractError, Manifest, read_manifest
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import EVENTS
+from reclora_dist.contract.schema import EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.batch import CrmBatch
 from reclora_dist.crm.build import Crm
 from reclora_dist.data.collate import TextCollator, crm_batch
+from reclora_dist.data.features import FeatureStore
 from reclora_dist.data.prompts import PromptBuilder
 from reclora_dist.lora.adapter import AdapterConfig, load_adapter, resolved_backbone
 from reclora_dist.lora.model import RecLora
@@ -61,18 +62,39 @@ class Scorer:
 
     @classmethod
     def load(cls, adapter: Folder, threads: int = 1, batch_size: int = 256) -> "Scorer":
-        """Load an adapter folder and the datasets that it refers to.
+        """``from_pretrained`` for a process that does nothing else: torch takes ``threads`` threads from now on."""
+        torch.set_num_threads(threads)
+        return cls.from_pretrained(adapter.uri, batch_size=batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        base: str | None = None,
+        batch_size: int = 256,
+    ) -> "Scorer":
+        """Load an adapter folder and the datasets that it refers to; the model is in eval mode.
+
+        Args:
+            path: path or URI of the adapter folder.
+            device: None takes the GPU where there is one.
+            dtype: type of the backbone, float32 or bfloat16; None takes that of the adapter's config.
+            base: folder or hub id of the backbone, for an adapter whose own path to it does not lead there.
+            batch_size: samples per forward pass.
 
         Raises:
-            ContractError: the adapter or its events are missing, damaged, or not those it was trained with.
+            ContractError: the adapter, its backbone or its events are missing, damaged, or not those of its training.
+            ValueError: the backbone is no model folder, or the dtype is another one.
         """
-        torch.set_num_threads(threads)
-        model, config = load_adapter(adapter)
+        adapter = Folder(path).absolute()
+        model, config = load_adapter(adapter, dtype, base)
         events = referenced(adapter, config, "events")
         check_reference(config, "events", read_manifest(events, EVENTS))
         collate = text_collator(config, events, resolved_backbone(adapter, config))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), config, collate, batch_size)
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(chosen), config, collate, batch_size)
 
     @property
     def name(self) -> str:
@@ -131,6 +153,18 @@ def shuffled(rows: pa.Table, seed: int) -> pa.Table:
     donors = np.empty_like(order)
     donors[order] = np.roll(order, 1)
     return rows.take(pa.array(donors))
+
+
+def feature_store(path: str, config: AdapterConfig) -> FeatureStore:
+    """The log and the item vectors that the adapter at ``path`` refers to: they give the rows of a user.
+
+    Raises:
+        ContractError: they are missing, damaged, or not those that the adapter was trained with.
+    """
+    events, vectors = (referenced(Folder(path), config, name) for name in ("events", "vectors"))
+    check_reference(config, "events", read_manifest(events, EVENTS))
+    check_reference(config, "vectors", read_manifest(vectors, VECTORS))
+    return FeatureStore.load(events, vectors)
 
 
 def referenced(adapter: Folder, config: AdapterConfig, name: str) -> Folder:
