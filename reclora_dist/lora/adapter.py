@@ -153,8 +153,8 @@ def model_card(config: AdapterConfig, facts: Mapping[str, Any]) -> str:
             f"# Adapter `{config.name}`",
             "",
             f"{lora.experts} meta-LoRAs of rank {lora.rank} ({lora.mode} mode, gate: {lora.gate}) on "
-            f"{', '.join(config.backbone.targets)} of `{config.backbone_path}`. It predicts whether a user will like "
-            "an item; the score is the probability of yes.",
+            f"{', '.join(config.backbone.targets) or 'queries and values'} of `{config.backbone_path}`. It predicts "
+            "whether a user will like an item; the score is the probability of yes.",
             "",
             "## Training",
             "| figure | value |",
