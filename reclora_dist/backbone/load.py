@@ -3,6 +3,7 @@
 transformers, which takes a second and a half to import, is loaded with the first model: who trains a CRM needs none.
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +68,10 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def load_backbone(config: BackboneConfig, path: str) -> Backbone:
-    """Load the model at ``path`` (a folder or a hub id) without its unused head.
+    """Load the model at ``path`` (a folder or a hub id) without its unused head or pooler.
 
     Raises:
-        ValueError: the folder is missing, or an answer is not one token.
+        ValueError: the folder is missing, an answer is not one token, or the model knows no gradient checkpointing.
     """
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
@@ -80,11 +81,17 @@ def load_backbone(config: BackboneConfig, path: str) -> Backbone:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)  # an encoder's two-class head starts from here
     if config.kind == "encoder":
-        encoder = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        return Backbone(encoder, None, encoder.config.hidden_size)
-    causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
-    return Backbone(causal.get_decoder(), rows, causal.config.hidden_size)
+        model, rows = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True), None
+        if hasattr(model, "pooler"):
+            model.pooler = None  # ours is the mean of the states; an adapter there would get no gradient
+    else:
+        causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
+        model = causal.get_decoder()
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed within transformers 5
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Backbone(model, rows, model.config.hidden_size)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":

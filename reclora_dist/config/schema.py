@@ -201,8 +201,13 @@ class BackboneConfig(Section):
     )
     path: str = knob("", "local folder or hub id of the model; empty for tiny")
     dtype: Literal["float32", "bfloat16"] = knob("float32", "type of the frozen weights")
-    targets: tuple[str, ...] = knob(("q_proj", "v_proj"), "names of the Linear layers that get an adapter")
+    targets: tuple[str, ...] = knob(
+        ("q_proj", "v_proj"),
+        "linear layers that get an adapter: last names or ends of full names (self_attn.q_proj); all-linear: all of "
+        "the stack; empty: the query and value projections, whatever they are called",
+    )
     top_layers: int = knob(0, "adapt only the last n layers; 0: all")
+    gradient_checkpointing: bool = knob(False, "run the layers again in backward: less memory, more time")
     answers: tuple[str, str] = knob(("No", "Yes"), "answer words of a causal model, for label 0 and 1")
     tiny: TinyConfig = knob(TinyConfig, "the embedded model, if kind is tiny")
     seed: int = knob(0, "seed of everything that is initialised here")
