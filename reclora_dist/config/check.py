@@ -1,6 +1,8 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
-from reclora_dist.config.schema import Config, TrainConfig
+from itertools import pairwise
+
+from reclora_dist.config.schema import Config, EvaluateConfig, TrainConfig
 
 
 def check_config(config: Config) -> None:
@@ -18,8 +20,16 @@ def check_config(config: Config) -> None:
         raise ValueError("events.source.path is empty; give the folder of the raw log")
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
+    _check_evaluate(config.evaluate)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     check_sizes(config.lora_train, config.ray.workers, "lora_train")
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    if any(low >= high for low, high in pairwise((0, *config.history_bands))):
+        raise ValueError(f"evaluate.history_bands {list(config.history_bands)} must ascend from above 0")
+    if config.rare < 1:
+        raise ValueError(f"evaluate.rare {config.rare} is below 1; give the most training events of a rare item")
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:

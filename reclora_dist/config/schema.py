@@ -333,6 +333,10 @@ class EvaluateConfig(Section):
     batch_size: int = knob(256, "samples per forward pass")
     bootstrap: int = knob(1000, "bootstrap resamples of users")
     calibration_bins: int = knob(15, "bins of the expected calibration error")
+    rare: int = knob(20, "items with at most this many training events are reported as rare")
+    history_bands: tuple[int, ...] = knob(
+        (10, 30, 100), "bounds of the bands of history length that are reported apart, ascending; empty: no bands"
+    )
     seed: int = knob(0, "seed of the resamples")
 
 
