@@ -30,6 +30,8 @@ def _check_evaluate(config: EvaluateConfig) -> None:
         raise ValueError(f"evaluate.history_bands {list(config.history_bands)} must ascend from above 0")
     if config.rare < 1:
         raise ValueError(f"evaluate.rare {config.rare} is below 1; give the most training events of a rare item")
+    if config.ranking_users < 0:
+        raise ValueError(f"evaluate.ranking_users {config.ranking_users} is below 0; 0 turns the ranking off")
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:

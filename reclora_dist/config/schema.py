@@ -337,7 +337,10 @@ class EvaluateConfig(Section):
     history_bands: tuple[int, ...] = knob(
         (10, 30, 100), "bounds of the bands of history length that are reported apart, ascending; empty: no bands"
     )
-    seed: int = knob(0, "seed of the resamples")
+    ranking_users: int = knob(
+        0, "test users, at most, whose next liked item is ranked among 20 fixed candidates (iLoRA's task); 0: off"
+    )
+    seed: int = knob(0, "seed of the resamples, and of the users and candidates of the ranking")
 
 
 @dataclass(frozen=True)

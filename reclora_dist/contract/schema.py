@@ -60,6 +60,17 @@ predictions = pa.schema(
     ]
 )
 
+candidates = pa.schema(
+    [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("time", pa.int64(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),
+    ]
+)
+"""Lists to rank, the rows of a list one after the other; ``label`` is 1 for the item of the sample itself."""
+
 
 def _positions(fields: int) -> pa.DataType:
     """Lists of ``fields`` positions; without fields plain lists: Parquet does not return a fixed size of 0."""
