@@ -20,7 +20,7 @@ QUALITY = Format("reclora.quality", 2)
 CRM = Format("reclora.crm", 1)
 ADAPTER = Format("reclora.adapter", 1)
 CHECKPOINT = Format("reclora.checkpoint", 1)
-EVALUATION = Format("reclora.evaluation", 1)
+EVALUATION = Format("reclora.evaluation", 2)
 SERVICE = Format("reclora.service", 1)
 
 SPLITS = ("train", "validation", "test")
