@@ -73,7 +73,7 @@ def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
     results: dict[str, Any] = {"splits": {}, "all_rows": {}, "differences": []}
     results |= {"slices": {}, "slices_of_all_rows": {}, "slice_differences": []}
     rates: dict[str, float] = {}
-    training = _training(config)
+    training = read_training(config)
     if config.evaluate.ranking_users:
         results[RANKING], written = _rank(config, target.folder)
         files += written
@@ -175,7 +175,7 @@ def _crm_on_all_rows(config: Config, split: str, training: Training) -> tuple[di
     return {"rows": rows.num_rows, **{key: dataclasses.asdict(value) for key, value in metrics.items()}}, parts
 
 
-def _training(config: Config) -> Training:
+def read_training(config: Config) -> Training:
     """What training knew, from the item table and the users of the CRM's training rows."""
     events, shards = manifest(config, "events", EVENTS), manifest(config, "shards", SHARDS)
     items = read_parts(folder(config, "events"), events.select("items/"), ["item", "train_events"])

@@ -36,6 +36,7 @@ from reclora_dist.ray_app import service
 from reclora_dist.ray_app.embed import embed_items
 from reclora_dist.ray_app.evaluate import evaluate_run, ranking_result, results, slice_results
 from reclora_dist.ray_app.session import Cluster, connect
+from reclora_dist.ray_app.summary import write_summary
 from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.retrieval import check_grid
 from reclora_dist.telemetry import names
@@ -272,6 +273,10 @@ def test_an_evaluation_has_slices_and_the_ranking_whatever_the_workers(cluster: 
     assert 0 <= rank["hit_ratio_at_1"].mean <= rank["ndcg_at_5"].mean <= 1
     assert [d.metric for d in ranking.differences] == ["hit_ratio_at_1", "ndcg_at_5", "mrr"]
     folder = Folder(str(trained / "evaluation"))
+    write_summary(settings, {})
+    report = (trained / "report" / "report.md").read_text()
+    assert "## Slices of all rows" in report
+    assert "## Next liked item among 20 (10 users)" in report
     lists = read_parts(folder, found[-1].select("candidates/"))
     scores = read_parts(folder, found[-1].select("predictions/ranking/crm/"))
     assert lists.select(["sample_id", "user", "label"]).equals(scores.select(["sample_id", "user", "label"]))

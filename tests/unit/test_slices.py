@@ -1,11 +1,18 @@
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_data import small_config, write_run
 
 from reclora_dist.config.schema import EvaluateConfig
+from reclora_dist.contract import schema
+from reclora_dist.contract.manifest import commit, read_manifest
+from reclora_dist.contract.parts import read_parts, write_part
+from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.metrics import METRICS, Interval, binary_metrics, paired_difference
 from reclora_dist.evaluate.slices import (
     FEWEST_ROWS,
@@ -19,6 +26,7 @@ from reclora_dist.evaluate.slices import (
     slice_metrics,
     slices,
 )
+from reclora_dist.ray_app.evaluate import read_training
 
 CONFIG = EvaluateConfig(bootstrap=20, rare=3, history_bands=(10, 30))
 
@@ -103,3 +111,19 @@ def test_a_metric_that_is_undefined_is_null():
     nan = float("nan")
     assert as_json(Interval(0.5, nan, nan)) == {"mean": 0.5, "low": None, "high": None}
     assert np.isnan(from_json({"mean": 0.5, "low": None, "high": None}).low)
+
+
+def test_known_users_are_those_of_the_training_rows_whatever_part_they_lie_in(tmp_path: Path) -> None:
+    write_run(tmp_path, users=12)
+    folder = Folder(str(tmp_path / "shards"))
+    made = read_manifest(folder, schema.SHARDS)
+    prefix = "crm/split=train/"
+    rows = read_parts(folder, made.select(prefix))
+    kept = [rows.filter(np.isin(rows["user"].to_numpy(), users)) for users in ([2, 3], [11])]
+    parts = [write_part(folder, prefix, place, part, 5) for place, part in enumerate(kept)]
+    others = [entry for entry in made.files if not entry.path.startswith(prefix)]
+    commit(folder, dataclasses.replace(made, files=(*others, *parts)))
+    training = read_training(small_config(tmp_path))
+    assert np.flatnonzero(training.users).tolist() == [2, 3, 11]
+    assert len(training.users) == 13
+    assert training.item_events.tolist() == [0] + [1] * 40
