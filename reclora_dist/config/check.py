@@ -1,9 +1,9 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 
-from reclora_dist.config.schema import Config, CrmConfig, LoraConfig, TrainConfig
+from reclora_dist.config.schema import Config, CrmConfig, EvaluateConfig, LoraConfig, TrainConfig
 
 
 def check_config(config: Config) -> None:
@@ -29,6 +29,7 @@ def check_config(config: Config) -> None:
                 f"{config.retrieval.strategy!r} chooses histories by it; take strategy 'recent', or gate 'crm'"
             )
     check_crm(config.crm, config.retrieval.strategy)
+    _check_evaluate(config.evaluate)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     check_sizes(config.lora_train, config.ray.workers, "lora_train")
 
@@ -108,6 +109,15 @@ def check_crm(config: CrmConfig, strategy: str) -> None:
         )
     if config.kind == "sasrec" and config.embedding % config.heads:
         raise ValueError(f"crm.embedding {config.embedding} is not a multiple of crm.heads {config.heads}")
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    if any(low >= high for low, high in pairwise((0, *config.history_bands))):
+        raise ValueError(f"evaluate.history_bands {list(config.history_bands)} must ascend from above 0")
+    if config.rare < 1:
+        raise ValueError(f"evaluate.rare {config.rare} is below 1; give the most training events of a rare item")
+    if config.ranking_users < 0:
+        raise ValueError(f"evaluate.ranking_users {config.ranking_users} is below 0; 0 turns the ranking off")
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:

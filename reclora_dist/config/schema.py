@@ -372,7 +372,14 @@ class EvaluateConfig(Section):
     shuffled: bool = knob(
         False, "score each gated adapter also with the mixtures of other samples, as the model `<name> (shuffled)`"
     )
-    seed: int = knob(0, "seed of the resamples and of that shuffle")
+    rare: int = knob(20, "items with at most this many training events are reported as rare")
+    history_bands: tuple[int, ...] = knob(
+        (10, 30, 100), "bounds of the bands of history length that are reported apart, ascending; empty: no bands"
+    )
+    ranking_users: int = knob(
+        0, "test users, at most, whose next liked item is ranked among 20 fixed candidates (iLoRA's task); 0: off"
+    )
+    seed: int = knob(0, "seed of the resamples, of that shuffle, and of the users and candidates of the ranking")
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,28 @@ def forest(models: Mapping[str, Interval], differences: Mapping[str, Interval]) 
     return _png(figure)
 
 
+def slices(found: Mapping[str, Mapping[str, Interval]], models: Sequence[str]) -> bytes:
+    """AUC with 95 % intervals of each of the report's models in each slice where it is defined."""
+    shown = {name: by_model for name, by_model in found.items() if by_model}
+    figure = Figure(figsize=(8.0, 1.2 + len(shown) * (0.3 + 0.14 * len(models))), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(shown))[::-1]
+    for place, model in enumerate(models):
+        own = [(at, by_model[model]) for at, by_model in zip(places, shown.values(), strict=True) if model in by_model]
+        shift = 0.7 * (0.5 - (place + 0.5) / len(models))
+        means = [interval.mean for _, interval in own]
+        reach = np.abs([[i.mean - i.low, i.high - i.mean] for _, i in own]).reshape(-1, 2).T
+        marks = {"fmt": "os^Dv"[place % 5], "color": _style(place)["color"], "capsize": 2, "markersize": 4}
+        axes.errorbar(means, [at + shift for at, _ in own], xerr=reach, label=model, linewidth=1.2, **marks)
+    axes.set_yticks(places, list(shown))
+    axes.set(xlabel="AUC, 95 % interval", title="AUC by slice", ylim=(-0.6, len(shown) - 0.4))
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _bare(axes)
+    return _png(figure)
+
+
 def _intervals(axes: Axes, rows: Mapping[str, Interval], colour: str) -> None:
     places = np.arange(len(rows))[::-1]
     means = np.array([row.mean for row in rows.values()])

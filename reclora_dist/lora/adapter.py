@@ -126,8 +126,6 @@ def load_adapter(
     backbone = load_backbone(config.backbone, resolved_backbone(folder, config))
     model = RecLora(backbone, load_crm(folder, manifest), config.backbone, config.lora)
     load_trained(model, parameters, folder.uri)
-    for bank in model.banks.values():
-        bank.to(getattr(torch, config.backbone.dtype))
     return model.eval(), config
 
 

@@ -142,6 +142,10 @@ def test_every_problem_is_a_line() -> None:
         (["adapters.lora.experts=2"], "adapters.lora: gate 'none' needs experts = 1, not 2; or take gate 'uniform'"),
         (["crm.kind=din"], "crm.kind 'din' reads the newest events, retrieval.strategy is 'semantic': take crm=din"),
         (["crm=sasrec", "crm.heads=3"], "crm.embedding 16 is not a multiple of crm.heads 3"),
+        (["evaluate.history_bands=[10,10]"], "evaluate.history_bands [10, 10] must ascend from above 0"),
+        (["evaluate.history_bands=[0]"], "evaluate.history_bands [0] must ascend from above 0"),
+        (["evaluate.rare=0"], "evaluate.rare 0 is below 1"),
+        (["evaluate.ranking_users=-1"], "evaluate.ranking_users -1 is below 0; 0 turns the ranking off"),
         (["crm_train.batch_size=7"], "crm_train.batch_size 7 is not a multiple of 2"),
         (["lora_train.batch_size=64", "lora_train.micro_batch=24"], "lora_train.batch_size 64 is not a multiple of 48"),
         (
