@@ -205,9 +205,7 @@ class BackboneConfig(Section):
         "the stack; empty: the query and value projections, whatever they are called",
     )
     top_layers: int = knob(0, "adapt only the last n layers; 0: all")
-    gradient_checkpointing: bool = knob(
-        False, "run the layers again in backward: less memory, more time"
-    )
+    gradient_checkpointing: bool = knob(False, "run the layers again in backward: less memory, more time")
     answers: tuple[str, str] = knob(("No", "Yes"), "answer words of a causal model, for label 0 and 1")
     tiny: TinyConfig = knob(TinyConfig, "the embedded model, if kind is tiny")
     seed: int = knob(0, "seed of everything that is initialised here")

@@ -62,7 +62,7 @@ class Bank(nn.Module):
         if output is None:
             output = x.new_zeros(*x.shape[:-1], b.shape[-1])
         if mixture is not None and self.mode == "weights" and mixes_first(self.experts, x, mixture):
-            mixed: Tensor = _MixThenApply.apply(output, x, mixture, a, b, self.scale)
+            mixed: Tensor = _MixThenApply.apply(output, x, mixture, a, b, self.scale)  # type: ignore[no-untyped-call]
             return mixed
         hidden = self._weighted(F.linear(x, a.flatten(0, 1)), mixture)
         added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), b.flatten(0, 1), alpha=self.scale)
@@ -84,9 +84,9 @@ class Bank(nn.Module):
         per_token = mixture.dim() == hidden.dim()
         if self.mode == "matrix":
             matrices = mixture.unflatten(-1, (self.rank, self.rank))
-            return (matrices @ hidden[..., None])[..., 0] if per_token else torch.bmm(hidden, matrices.mT)
+            return torch.einsum("...ij,...j->...i", matrices, hidden) if per_token else torch.bmm(hidden, matrices.mT)
         weights = (mixture if per_token else mixture[:, None])[..., None]
-        blocks = hidden.unflatten(-1, (self.experts, self.rank)) * weights
+        blocks: Tensor = hidden.unflatten(-1, (self.experts, self.rank)) * weights
         if self.mode == "weights":
             blocks = blocks.sum(-2, keepdim=True) * weights
         return blocks.flatten(-2)
@@ -128,7 +128,7 @@ class _MixThenApply(torch.autograd.Function):
         return torch.baddbmm(output, hidden, own_b, alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of output, x, mixture, A and B."""
         x, mixture, a, b, hidden = ctx.saved_tensors
         own_a, own_b = _pair(mixture, a, b)
