@@ -1,7 +1,7 @@
 """K low-rank pairs for one matrix, applied with a mixture per sample and without a loop over the pairs."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ class Bank(nn.Module):
         if output is None:
             output = x.new_zeros(*x.shape[:-1], b.shape[-1])
         if mixture is not None and self.mode == "weights" and mixes_first(self.experts, x, mixture):
-            return _mix_then_apply(x, mixture, a, b, self.scale, output)
+            mixed: Tensor = _MixThenApply.apply(output, x, mixture, a, b, self.scale)  # type: ignore[no-untyped-call]
+            return mixed
         hidden = self._weighted(F.linear(x, a.flatten(0, 1)), mixture)
         added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), b.flatten(0, 1), alpha=self.scale)
         return added.view(output.shape)
@@ -83,9 +84,9 @@ class Bank(nn.Module):
         per_token = mixture.dim() == hidden.dim()
         if self.mode == "matrix":
             matrices = mixture.unflatten(-1, (self.rank, self.rank))
-            return (matrices @ hidden[..., None])[..., 0] if per_token else torch.bmm(hidden, matrices.mT)
+            return torch.einsum("...ij,...j->...i", matrices, hidden) if per_token else torch.bmm(hidden, matrices.mT)
         weights = (mixture if per_token else mixture[:, None])[..., None]
-        blocks = hidden.unflatten(-1, (self.experts, self.rank)) * weights
+        blocks: Tensor = hidden.unflatten(-1, (self.experts, self.rank)) * weights
         if self.mode == "weights":
             blocks = blocks.sum(-2, keepdim=True) * weights
         return blocks.flatten(-2)
@@ -99,14 +100,41 @@ def mixes_first(experts: int, x: Tensor, mixture: Tensor) -> bool:
     mixture may be per token.
 
     Measured as time of the first over time of the second, forward and backward on one CPU core, 64 samples, r = 8,
-    d = 384: 1.44, 1.30, 1.18 and 1.23 where K · length is 32 (K = 32, 16, 8, 4); .90, .91, .90 and 1.06 where it is 64;
-    .18, .36, .62 and 1.27 at length 64. With K = 2 it is about 1 or above at any length; with 8 samples the two are
-    nearer to each other.
+    d = 384, K = 32, 16, 8, 4: 1.64, 1.27, 1.21 and 1.15 where K · length is 32; 1.03, .86, .92 and .89 where it is 64;
+    .17, .31, .49 and .72 at length 64. K = 2: above 1 at any length. With 8 samples the two are nearer to each other.
     """
     return x.dim() == 3 > mixture.dim() and experts > 2 and experts * x.shape[1] > 32
 
 
-def _mix_then_apply(x: Tensor, mixture: Tensor, a: Tensor, b: Tensor, scale: float, output: Tensor) -> Tensor:
-    """``weights`` mode with each sample's own pair: the price of plain LoRA per token."""
-    own_a, own_b = ((mixture @ matrix.flatten(1)).unflatten(1, matrix.shape[1:]) for matrix in (a, b))
-    return torch.baddbmm(output, torch.bmm(x, own_a.mT), own_b, alpha=scale)
+def _pair(mixture: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample's own A and B, [batch, r, d_in] and [batch, r, d_out]."""
+    return (mixture @ a.flatten(1)).unflatten(1, a.shape[1:]), (mixture @ b.flatten(1)).unflatten(1, b.shape[1:])
+
+
+class _MixThenApply(torch.autograd.Function):
+    """``weights`` mode with each sample's own pair: the price of plain LoRA per token.
+
+    Written out because autograd would keep the pairs for the backward, where mixing again is cheaper than their memory,
+    and would take the gradient of A_p as ``xᵀ · g``, on a CPU five times as slow as ``gᵀ · x``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, mixture: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """``output + scale · (x A_pᵀ) B_p``."""
+        own_a, own_b = _pair(mixture, a, b)
+        hidden = torch.bmm(x, own_a.mT)
+        ctx.save_for_backward(x, mixture, a, b, hidden)
+        ctx.scale = scale
+        return torch.baddbmm(output, hidden, own_b, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of output, x, mixture, A and B."""
+        x, mixture, a, b, hidden = ctx.saved_tensors
+        own_a, own_b = _pair(mixture, a, b)
+        to_hidden = torch.bmm(grad, own_b.mT).mul_(ctx.scale)
+        to_a = torch.bmm(to_hidden.mT, x).flatten(1)
+        to_b = torch.bmm(hidden.mul(ctx.scale).mT, grad).flatten(1)
+        to_mixture = torch.addmm(to_a @ a.flatten(1).T, to_b, b.flatten(1).T) if ctx.needs_input_grad[2] else None
+        to_x = torch.bmm(to_hidden, own_a) if ctx.needs_input_grad[1] else None
+        return grad, to_x, to_mixture, (mixture.T @ to_a).view(a.shape), (mixture.T @ to_b).view(b.shape), None
