@@ -17,7 +17,7 @@ SETTINGS = (
     "crm.embedding=8", "crm.dnn=[32,32]", "crm.attention=[16]", "crm_train.batch_size=64", "crm_train.epochs=2",
     "lora_train.batch_size=64", "lora_train.epochs=1", "evaluate.bootstrap=50", "~adapters.uniform",
     "study.commands=[train,evaluate]", "study.seeds=[0]", "study.compare=[[one,lora]]",
-    "study.points={first: [], second: [adapters.one.rank=4], broken: []}",
+    "study.points={first: [], second: ['adapters.one.rank=4'], broken: []}",
 )  # fmt: skip
 
 
