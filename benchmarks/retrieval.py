@@ -52,10 +52,11 @@ MIB = 1 << 20
 
 @dataclass
 class Cost:
-    """Wall time and the largest resident memory of any one process, and of all together (MiB)."""
+    """Wall time and the largest resident memory: of any one process, of any that is no JVM, of all together (MiB)."""
 
     seconds: float = 0.0
     process_mib: int = 0
+    python_mib: int = 0
     total_mib: int = 0
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -238,13 +239,14 @@ def watch(process: subprocess.Popen, cost: Cost) -> None:
     """Largest resident memory, without what processes share with their parents."""
     while process.poll() is None:
         sizes = list(private_mib(process.pid))
-        cost.process_mib = max(cost.process_mib, *sizes, 0)
-        cost.total_mib = max(cost.total_mib, sum(sizes))
+        cost.process_mib = max(cost.process_mib, *(size for _, size in sizes), 0)
+        cost.python_mib = max(cost.python_mib, *(size for name, size in sizes if name != "java"), 0)
+        cost.total_mib = max(cost.total_mib, sum(size for _, size in sizes))
         time.sleep(0.25)
 
 
-def private_mib(pid: int) -> Iterator[int]:
-    """Unique memory of a process and its children."""
+def private_mib(pid: int) -> Iterator[tuple[str, int]]:
+    """Name and unique memory of a process and its children."""
     try:
         parent = psutil.Process(pid)
         processes = [parent, *parent.children(recursive=True)]
@@ -252,7 +254,7 @@ def private_mib(pid: int) -> Iterator[int]:
         return
     for process in processes:
         try:
-            yield process.memory_full_info().uss // MIB
+            yield process.name(), process.memory_full_info().uss // MIB
         except psutil.Error:
             continue
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from reclora_dist.config.schema import RetrievalConfig
 from reclora_dist.contract.manifest import ContractError
-from reclora_dist.contract.parts import Rows, write_part
+from reclora_dist.contract.parts import Rows, write_arrow_part
 from reclora_dist.contract.runs import Run
 from reclora_dist.contract.schema import EVENTS, HISTORIES, SPLITS, STATISTICS, VECTORS
 from reclora_dist.contract.storage import Folder
@@ -28,7 +28,7 @@ from spark_jobs.transforms.vectors import COMPARES_VECTORS, SharedSimilarity, sh
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-ROWS_PER_GROUP = 20_000
+ROWS_PER_BATCH = 20_000
 COLUMNS = ("sample_id", "user", "item", "time", "level", "label", "split", *STATISTICS)
 RESULT = ", ".join(
     ["path string, row_groups array<bigint>, bytes bigint, sha256 string", *[f"{s} bigint" for s in SPLITS]]
@@ -110,7 +110,7 @@ class Retrieval:
         found = pa.concat_tables(histories(*piece, similarity, self.config, self.min_history) for piece in pieces)
         if found.num_rows == 0:
             return
-        batch = entry_batch([write_part(self.out, "histories/", number, found, ROWS_PER_GROUP)])
+        batch = entry_batch([write_arrow_part(self.out, "histories/", number, found, ROWS_PER_BATCH)])
         for split in SPLITS:
             rows = pc.sum(pc.equal(found["split"], split).cast(pa.int64())).as_py()
             batch = batch.append_column(split, pa.array([rows], pa.int64()))

@@ -33,6 +33,7 @@ _RANGES = {
     "days": (1, 20_000),
     "drift": (0, 1),
     "noise": (0, 100),
+    "personal": (0, 10),
     "activity_exponent": (1.05, 100),
     "popularity_exponent": (0, 1.5),
     "heavy_user": (0, 0.9),
@@ -98,7 +99,7 @@ def _events(log: Plan, part: int) -> dict[str, pa.Table]:
     """The events of a part by the folder that they go to."""
     found = defaultdict(list)
     for piece in log.pieces_of(part):
-        rows = generator.events_table(generator.events(log, generator.world(log.config), piece))
+        rows = generator.events_table(generator.events(log, generator.world(log.config), piece), log.config.truth)
         rows = dirt.with_bad_events(log, rows, piece) if log.config.dirt else rows
         for prefix, table in _by_day(rows) if log.config.by_day else [("events/", rows)]:
             found[prefix].append(table.drop_columns("day"))

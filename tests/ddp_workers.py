@@ -40,7 +40,9 @@ class Losses(NullMeters):
 def config(run: Path, engine: EngineConfig) -> Config:
     base = small_config(run, ray=RayConfig(workers=WORLD), engine=engine)
     train = dataclasses.replace(base.lora_train, micro_batch=16, log_every=1)
-    return dataclasses.replace(base, lora_train=train)
+    # the fusion head is a third parameter group, the balance loss a second way into the gates
+    lora = dataclasses.replace(base.adapters["reclora"], balance=0.1, head="fusion")
+    return dataclasses.replace(base, lora_train=train, adapters={"reclora": lora})
 
 
 def join(rank: int, port: int) -> None:

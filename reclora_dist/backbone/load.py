@@ -3,6 +3,7 @@
 transformers, which takes a second and a half to import, is loaded with the first model: who trains a CRM needs none.
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,19 @@ class Backbone(nn.Module):
         self.model = model
         self.register_buffer("answers", answers, persistent=False)
         self.head = None if answers is not None else nn.Linear(width, 2)
+        self.width = width
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
-        """Logits [batch, 2] in float32.
+        """Logits [batch, 2] in float32; the arguments are those of ``pooled``."""
+        pooled = self.pooled(input_ids, attention_mask, last)
+        if self.head is None:
+            assert self.answers is not None
+            return F.linear(pooled, self.answers).float()
+        logits: Tensor = self.head(pooled.float())
+        return logits
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
+        """The state that the score is read from, [batch, width]: the last position's, or an encoder's mean.
 
         Args:
             input_ids: int64 [batch, length], right-padded.
@@ -42,10 +53,9 @@ class Backbone(nn.Module):
         """
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options()).last_hidden_state
         if self.head is None:
-            assert self.answers is not None
-            return F.linear(hidden[torch.arange(len(last), device=last.device), last], self.answers).float()
-        logits: Tensor = self.head(mean_pool(hidden, attention_mask).float())
-        return logits
+            last_state: Tensor = hidden[torch.arange(len(last), device=last.device), last]
+            return last_state
+        return mean_pool(hidden, attention_mask)
 
     def _options(self) -> dict[str, Any]:
         return {"use_cache": False} if self.head is None else {}
@@ -58,10 +68,10 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def load_backbone(config: BackboneConfig, path: str) -> Backbone:
-    """Load the model at ``path`` (a folder or a hub id) without its unused head.
+    """Load the model at ``path`` (a folder or a hub id) without its unused head or pooler.
 
     Raises:
-        ValueError: the folder is missing, or an answer is not one token.
+        ValueError: the folder is missing, an answer is not one token, or the model knows no gradient checkpointing.
     """
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
@@ -71,11 +81,17 @@ def load_backbone(config: BackboneConfig, path: str) -> Backbone:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)  # an encoder's two-class head starts from here
     if config.kind == "encoder":
-        encoder = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        return Backbone(encoder, None, encoder.config.hidden_size)
-    causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
-    return Backbone(causal.get_decoder(), rows, causal.config.hidden_size)
+        model, rows = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True), None
+        if hasattr(model, "pooler"):
+            model.pooler = None  # ours is the mean of the states; an adapter there would get no gradient
+    else:
+        causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
+        model = causal.get_decoder()
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed within transformers 5
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Backbone(model, rows, model.config.hidden_size)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":

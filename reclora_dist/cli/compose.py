@@ -65,6 +65,9 @@ def to_config(composed: DictConfig) -> Config:
             config.embed, path=_model(config.embed.path), previous=_absolute(config.embed.previous)
         ),
         serve=dataclasses.replace(config.serve, adapter=_absolute(config.serve.adapter)),
+        export=dataclasses.replace(
+            config.export, adapter=_absolute(config.export.adapter), out=_absolute(config.export.out)
+        ),
     )
 
 

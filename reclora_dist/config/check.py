@@ -1,6 +1,17 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
-from reclora_dist.config.schema import Config, StudyConfig, SynthesiseConfig, TrainConfig
+from collections.abc import Iterator
+from itertools import chain, pairwise
+
+from reclora_dist.config.schema import (
+    Config,
+    CrmConfig,
+    EvaluateConfig,
+    LoraConfig,
+    StudyConfig,
+    SynthesiseConfig,
+    TrainConfig,
+)
 
 
 def check_config(config: Config) -> None:
@@ -9,7 +20,7 @@ def check_config(config: Config) -> None:
     Raises:
         ValueError: names the setting, its value and the remedy.
     """
-    known = {*config.adapters, "crm", "running_averages"}
+    known = {*config.adapters, *shuffled_names(config).values(), "crm", "running_averages"}
     for pair in config.compare:
         for name in pair:
             if name not in known:
@@ -18,8 +29,103 @@ def check_config(config: Config) -> None:
         raise ValueError("events.source.path is empty; give the folder of the raw log")
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
+    for name, lora in config.adapters.items():
+        check_lora(lora, f"adapters.{name}")
+        if lora.gate == "user" and config.retrieval.strategy != "recent":
+            raise ValueError(
+                f"adapters.{name}.gate 'user' must not know the target item, but retrieval.strategy "
+                f"{config.retrieval.strategy!r} chooses histories by it; take strategy 'recent', or gate 'crm'"
+            )
+    check_crm(config.crm, config.retrieval.strategy)
+    _check_evaluate(config.evaluate)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     check_sizes(config.lora_train, config.ray.workers, "lora_train")
+
+
+def shuffled_names(config: Config) -> dict[str, str]:
+    """The name of an adapter's shuffled control by the adapter's own, if `evaluate.shuffled` asks for them."""
+    gated = [name for name, lora in config.adapters.items() if lora.personal]
+    return {name: f"{name} (shuffled)" for name in gated if config.evaluate.shuffled}
+
+
+def check_lora(lora: LoraConfig, where: str) -> None:
+    """Refuse an adapter whose settings do not go together.
+
+    Args:
+        where: the place of the settings, for the message.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    for wrong, words in chain(_bad_values(lora), _bad_pairs(lora)):
+        if wrong:
+            raise ValueError(f"{where}: {words}")
+
+
+def _bad_values(lora: LoraConfig) -> Iterator[tuple[bool, str]]:
+    for name, least in (("experts", 1), ("rank", 1), ("gate_hidden", 1), ("balance", 0), ("state_noise", 0)):
+        value = getattr(lora, name)
+        yield value < least, f"{name} {value} must be at least {least}"
+    for name in ("dropout", "gate_dropout", "state_dropout"):
+        value = getattr(lora, name)
+        yield not 0 <= value < 1, f"{name} {value} must be at least 0 and below 1"
+    yield lora.temperature <= 0, f"gate temperature {lora.temperature} must be above 0"
+    yield not 0 <= lora.top_k <= lora.experts, f"top_k {lora.top_k} must be 0 (all) or up to experts = {lora.experts}"
+
+
+def _bad_pairs(lora: LoraConfig) -> Iterator[tuple[bool, str]]:
+    gate, experts = lora.gate, lora.experts
+    reads_state = gate in ("crm", "user")
+    yield (
+        gate == "none" and experts != 1,
+        f"gate 'none' needs experts = 1, not {experts}; or take gate 'uniform'",
+    )
+    yield (
+        lora.mode == "outputs" and lora.rank % experts != 0,
+        f"rank {lora.rank} cannot be split over {experts} experts; take a multiple of {experts}",
+    )
+    if lora.mode == "matrix":
+        yield not reads_state, f"mode 'matrix' needs a gate that makes matrices, not {gate!r}; take 'crm' or 'user'"
+        yield experts != 1, f"mode 'matrix' has one pair, not experts = {experts}; set experts = 1"
+        yield lora.top_k > 0, f"mode 'matrix' has no weights for top_k {lora.top_k} to choose from; set top_k = 0"
+    yield (
+        lora.balance > 0 and not (lora.weighs and gate != "random"),
+        f"balance {lora.balance} has no trained weights of several experts to even out (gate {gate!r}, mode "
+        f"{lora.mode!r}, experts = {experts}); set balance = 0",
+    )
+    for name in ("top_k", "shared_gate"):
+        value = getattr(lora, name)
+        yield (
+            bool(value) and gate in ("uniform", "none"),
+            f"{name} {value} means nothing to gate {gate!r}; leave it out",
+        )
+    for name in ("state_dropout", "state_noise"):
+        value = getattr(lora, name)
+        yield value > 0 and not reads_state, f"{name} {value} needs a gate that reads a state, not {gate!r}; set 0"
+
+
+def check_crm(config: CrmConfig, strategy: str) -> None:
+    """Refuse a conventional model that cannot be built, or that would be another than its name says.
+
+    Raises:
+        ValueError: sasrec's heads do not divide the width, or din on other than the newest events.
+    """
+    if config.kind == "din" and strategy != "recent":
+        raise ValueError(
+            f"crm.kind 'din' reads the newest events, retrieval.strategy is {strategy!r}: take crm=din, which sets "
+            "retrieval.strategy=recent, or crm=sim, the same network on retrieved events"
+        )
+    if config.kind == "sasrec" and config.embedding % config.heads:
+        raise ValueError(f"crm.embedding {config.embedding} is not a multiple of crm.heads {config.heads}")
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    if any(low >= high for low, high in pairwise((0, *config.history_bands))):
+        raise ValueError(f"evaluate.history_bands {list(config.history_bands)} must ascend from above 0")
+    if config.rare < 1:
+        raise ValueError(f"evaluate.rare {config.rare} is below 1; give the most training events of a rare item")
+    if config.ranking_users < 0:
+        raise ValueError(f"evaluate.ranking_users {config.ranking_users} is below 0; 0 turns the ranking off")
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:

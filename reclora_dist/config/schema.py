@@ -32,6 +32,8 @@ class SynthesiseConfig(Section):
     styles: int = knob(3, "hidden styles of items that no text names; only who liked what shows them")
     drift: float = knob(0.3, "share of a user's taste that moves from the first day to the last")
     noise: float = knob(0.5, "standard deviation of the noise on the logit of liking")
+    personal: float = knob(1.0, "strength of what users like differently; 0: all like the same")
+    truth: bool = knob(False, "publish the probability of liking beside each event, to know the best possible AUC")
     activity_exponent: float = knob(
         2.5, "tail of the users' activity: the share with more than n events falls like n to the minus this; above 1"
     )
@@ -199,8 +201,13 @@ class BackboneConfig(Section):
     )
     path: str = knob("", "local folder or hub id of the model; empty for tiny")
     dtype: Literal["float32", "bfloat16"] = knob("float32", "type of the frozen weights")
-    targets: tuple[str, ...] = knob(("q_proj", "v_proj"), "names of the Linear layers that get an adapter")
+    targets: tuple[str, ...] = knob(
+        ("q_proj", "v_proj"),
+        "linear layers that get an adapter: last names or ends of full names (self_attn.q_proj); all-linear: all of "
+        "the stack; empty: the query and value projections, whatever they are called",
+    )
     top_layers: int = knob(0, "adapt only the last n layers; 0: all")
+    gradient_checkpointing: bool = knob(False, "run the layers again in backward: less memory, more time")
     answers: tuple[str, str] = knob(("No", "Yes"), "answer words of a causal model, for label 0 and 1")
     tiny: TinyConfig = knob(TinyConfig, "the embedded model, if kind is tiny")
     seed: int = knob(0, "seed of everything that is initialised here")
@@ -233,12 +240,26 @@ class EmbedConfig(Section):
 
 @dataclass(frozen=True)
 class CrmConfig(Section):
-    """SIM: DIN's attention over the retrieved history."""
+    """The conventional recommendation model."""
 
+    kind: Literal["sim", "din", "gru4rec", "sasrec", "deepfm", "dcnv2"] = knob(
+        "sim",
+        "sim: DIN's attention on the retrieved history; din: the same network, on the newest events; gru4rec, sasrec: "
+        "the history in time order; deepfm, dcnv2: products of fields and the mean history",
+    )
     embedding: int = knob(16, "width of an embedding")
-    attention: tuple[int, ...] = knob((64, 32), "hidden widths of the attention MLP")
+    item_rows: int = knob(
+        0,
+        "rows of the items' embeddings, at most: items are hashed to two rows each where they are more; 0: a row per "
+        "item. The fields of all items are held all the same",
+    )
+    user_rows: int = knob(0, "user_id: rows of the users' embeddings, at most, in the same way; 0: a row per user")
+    attention: tuple[int, ...] = knob((64, 32), "sim, din: hidden widths of the attention MLP")
+    layers: int = knob(2, "gru4rec, sasrec, dcnv2: recurrent layers, blocks, cross layers")
+    heads: int = knob(2, "sasrec: attention heads; embedding is a multiple of it")
+    positions: int = knob(200, "sasrec: positions that are told apart, from the newest; older ones share the last")
     dnn: tuple[int, ...] = knob((256, 256, 256), "hidden widths of the DNN; the last is the state that gates read")
-    dropout: float = knob(0.1, "dropout of the DNN")
+    dropout: float = knob(0.1, "dropout of the DNN and of sasrec's blocks")
     embedding_dropout: float = knob(0.1, "dropout of the embeddings")
     user_id: bool = knob(False, "embed the user's id (useless where test users are new)")
     statistics: bool = knob(True, "read the running statistics of item and user")
@@ -285,7 +306,7 @@ class LoraConfig(Section):
     shared_gate: bool = knob(False, "one gate for all matrices (iLoRA) in place of one per matrix")
     top_k: int = knob(0, "keep only the k largest weights of a mixture; 0: all")
     balance: float = knob(0.0, "weight of the load-balance loss, which rewards the even use of the experts; 0: none")
-    temperature: float = knob(5.0, "divides the gate's logits")
+    temperature: float = knob(5.0, "divides the gate's logits (not in mode `matrix`, which has no softmax)")
     gate_hidden: int = knob(60, "hidden width of a gate")
     gate_dropout: float = knob(0.1, "dropout of a gate's hidden layer")
     state_dropout: float = knob(0.0, "dropout of the state that the gate reads")
@@ -295,6 +316,21 @@ class LoraConfig(Section):
         "how the score is made: the backbone's answers; these plus the CRM's logit; or a small MLP on the pooled state "
         "and the CRM's state (late fusion)",
     )
+
+    @property
+    def mixture_width(self) -> int:
+        """Numbers that the gate sets per sample and matrix."""
+        return self.rank**2 if self.mode == "matrix" else self.experts
+
+    @property
+    def personal(self) -> bool:
+        """Whether these numbers can differ between samples."""
+        return self.gate not in ("uniform", "none") and self.mixture_width > 1
+
+    @property
+    def weighs(self) -> bool:
+        """Whether they are weights of experts, so that there is something to say about the experts' use."""
+        return self.personal and self.mode != "matrix"
 
 
 @dataclass(frozen=True)
@@ -333,7 +369,17 @@ class EvaluateConfig(Section):
     batch_size: int = knob(256, "samples per forward pass")
     bootstrap: int = knob(1000, "bootstrap resamples of users")
     calibration_bins: int = knob(15, "bins of the expected calibration error")
-    seed: int = knob(0, "seed of the resamples")
+    shuffled: bool = knob(
+        False, "score each gated adapter also with the mixtures of other samples, as the model `<name> (shuffled)`"
+    )
+    rare: int = knob(20, "items with at most this many training events are reported as rare")
+    history_bands: tuple[int, ...] = knob(
+        (10, 30, 100), "bounds of the bands of history length that are reported apart, ascending; empty: no bands"
+    )
+    ranking_users: int = knob(
+        0, "test users, at most, whose next liked item is ranked among 20 fixed candidates (iLoRA's task); 0: off"
+    )
+    seed: int = knob(0, "seed of the resamples, of that shuffle, and of the users and candidates of the ranking")
 
 
 @dataclass(frozen=True)
@@ -380,6 +426,15 @@ class StudyConfig(Section):
 
 
 @dataclass(frozen=True)
+class ExportConfig(Section):
+    """One user's adapter as a PEFT folder."""
+
+    adapter: str = knob("", "adapter folder; its gate must not read the target item")
+    user: str = knob("", "id of a user of the log; empty is possible where the mixture is the same for all")
+    out: str = knob("", "folder to write")
+
+
+@dataclass(frozen=True)
 class PathsConfig(Section):
     """Where everything of a run lies."""
 
@@ -410,4 +465,5 @@ class Config(Section):
     evaluate: EvaluateConfig = knob(EvaluateConfig, "metrics")
     compare: tuple[tuple[str, str], ...] = knob((), "pairs of models whose difference is reported, better one first")
     serve: ServeConfig = knob(ServeConfig, "service")
+    export: ExportConfig = knob(ExportConfig, "export to PEFT")
     study: StudyConfig = knob(StudyConfig, "grid of runs; only cli.study reads it")

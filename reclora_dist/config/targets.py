@@ -73,8 +73,8 @@ def adapter_target(config: Config, name: str) -> Target:
 
 def evaluation_target(config: Config) -> Target:
     """The evaluation of all models."""
-    parents = {"shards": SHARDS, "crm": CRM, "vectors": VECTORS} | _adapters(config)
-    used = digest([config.evaluate, config.compare, list(config.adapters)])
+    parents = {"events": EVENTS, "shards": SHARDS, "crm": CRM, "vectors": VECTORS} | _adapters(config)
+    used = digest([config.evaluate, config.compare, list(config.adapters), config.retrieval])
     return Target(folder(config, "evaluation"), EVALUATION, used, _digests(config, parents))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reclora_dist.contract.manifest import ContractError, FileEntry, Manifest, add_file, file_entry, verified
+from reclora_dist.contract.manifest import FileEntry, Manifest, add_digested, digested, verified
 from reclora_dist.contract.storage import Folder
 
 
@@ -14,8 +14,7 @@ def add_array(folder: Folder, name: str, array: NDArray[Any]) -> FileEntry:
     """Write ``array`` as ``{name}-{digest}.npy``."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    content = buffer.getvalue()
-    return add_file(folder, f"{name}-{file_entry('', content).sha256[:12]}.npy", content)
+    return add_digested(folder, f"{name}.npy", buffer.getvalue())
 
 
 def array_entry(folder: Folder, manifest: Manifest, name: str) -> FileEntry:
@@ -24,12 +23,7 @@ def array_entry(folder: Folder, manifest: Manifest, name: str) -> FileEntry:
     Raises:
         ContractError: the dataset has none, or several.
     """
-    entries = manifest.select(f"{name}-")
-    if len(entries) != 1:
-        raise ContractError(
-            f"{folder.uri!r} names {len(entries)} files {name}-*.npy, not one. Run the stage that writes it again."
-        )
-    return entries[0]
+    return digested(folder, manifest, f"{name}.npy")
 
 
 def read_array(folder: Folder, manifest: Manifest, name: str) -> NDArray[Any]:

@@ -159,6 +159,28 @@ def add_file(folder: Folder, path: str, content: bytes, row_groups: Iterable[int
     return file_entry(path, content, row_groups)
 
 
+def add_digested(folder: Folder, name: str, content: bytes) -> FileEntry:
+    """Write ``stem.suffix`` as ``stem-{digest}.suffix``, so that no file of an older manifest is overwritten."""
+    stem, dot, suffix = name.rpartition(".")
+    return add_file(folder, f"{stem}-{file_entry('', content).sha256[:12]}{dot}{suffix}", content)
+
+
+def digested(folder: Folder, manifest: Manifest, name: str) -> FileEntry:
+    """The one file that ``add_digested`` wrote for ``stem.suffix``.
+
+    Raises:
+        ContractError: the dataset has none, or several.
+    """
+    stem, dot, suffix = name.rpartition(".")
+    entries = [entry for entry in manifest.select(f"{stem}-") if entry.path.endswith(dot + suffix)]
+    if len(entries) != 1:
+        raise ContractError(
+            f"{folder.uri!r} names {len(entries)} files {stem}-*{dot}{suffix}, not one. "
+            "Run the stage that writes it again."
+        )
+    return entries[0]
+
+
 def verified(folder: Folder, entry: FileEntry) -> bytes:
     """The bytes of a file, checked against its manifest entry.
 

@@ -1,4 +1,8 @@
-"""Parquet parts of a dataset: written whole under a name that carries their digest, read back verified."""
+"""Parts of a dataset: written whole under a name that carries their digest, read back verified.
+
+What other programs read is Parquet. What only the next job reads may be Arrow files: their lists are written five times
+and read eight times as fast, and take 1.7 times the space (docs/results).
+"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,10 +20,22 @@ def write_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_pe
     sink = pa.BufferOutputStream()
     dictionary = list(_of_few_values(table.schema))
     pq.write_table(table, sink, row_group_size=rows_per_group, compression="zstd", use_dictionary=dictionary)
+    return _add(folder, f"{prefix}part-{index:05d}", "parquet", sink, table.num_rows, rows_per_group)
+
+
+def write_arrow_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_per_batch: int) -> FileEntry:
+    """Write ``table`` as ``{prefix}part-{index}-{digest}.arrow`` (LZ4, record batches of ``rows_per_batch``)."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table.combine_chunks(), rows_per_batch)
+    return _add(folder, f"{prefix}part-{index:05d}", "arrow", sink, table.num_rows, rows_per_batch)
+
+
+def _add(folder: Folder, stem: str, suffix: str, sink: pa.BufferOutputStream, rows: int, step: int) -> FileEntry:
     content = sink.getvalue().to_pybytes()
-    groups = [min(rows_per_group, table.num_rows - start) for start in range(0, table.num_rows, rows_per_group)]
-    name = f"{prefix}part-{index:05d}-{file_entry('', content).sha256[:12]}.parquet"
-    return add_file(folder, name, content, groups)
+    groups = [min(step, rows - start) for start in range(0, rows, step)]
+    return add_file(folder, f"{stem}-{file_entry('', content).sha256[:12]}.{suffix}", content, groups)
 
 
 def _of_few_values(schema: pa.Schema) -> Iterator[str]:
@@ -35,12 +51,28 @@ def _of_few_values(schema: pa.Schema) -> Iterator[str]:
 
 
 def open_part(folder: Folder, entry: FileEntry) -> pq.ParquetFile:
-    """Open a part after its bytes were checked against the manifest.
+    """Open a Parquet part after its bytes were checked against the manifest.
 
     Raises:
         ContractError: the file is missing or its digest does not match.
     """
     return pq.ParquetFile(pa.BufferReader(verified(folder, entry)))
+
+
+def read_part(folder: Folder, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of a part of either kind, all columns or those named.
+
+    Raises:
+        ContractError: the file is missing or its digest does not match.
+    """
+    names = None if columns is None else list(columns)
+    if not entry.path.endswith(".arrow"):
+        return open_part(folder, entry).read(columns=names)
+    source = pa.BufferReader(verified(folder, entry))
+    fields = None if names is None else [pa.ipc.open_file(source).schema.get_field_index(name) for name in names]
+    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+    table = pa.ipc.open_file(source, options=options).read_all()
+    return table if names is None else table.select(names)
 
 
 def read_parts(folder: Folder, entries: Iterable[FileEntry], columns: Sequence[str] | None = None) -> pa.Table:
@@ -50,8 +82,7 @@ def read_parts(folder: Folder, entries: Iterable[FileEntry], columns: Sequence[s
         ContractError: a file is missing or its digest does not match.
         ValueError: there is no part to read.
     """
-    names = None if columns is None else list(columns)
-    tables = [open_part(folder, e).read(columns=names) for e in sorted(entries, key=lambda e: e.path)]
+    tables = [read_part(folder, entry, columns) for entry in sorted(entries, key=lambda entry: entry.path)]
     if not tables:
         raise ValueError(f"{folder.uri!r}: no part matches; its dataset has no such table or split")
     return pa.concat_tables(tables)

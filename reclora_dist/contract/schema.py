@@ -14,13 +14,13 @@ RAW = Format("reclora.raw", 1)
 EVENTS = Format("reclora.events", 3)
 BACKBONE = Format("reclora.backbone", 1)
 VECTORS = Format("reclora.vectors", 2)
-HISTORIES = Format("reclora.histories", 2)
+HISTORIES = Format("reclora.histories", 3)
 SHARDS = Format("reclora.shards", 1)
 QUALITY = Format("reclora.quality", 2)
-CRM = Format("reclora.crm", 1)
-ADAPTER = Format("reclora.adapter", 1)
+CRM = Format("reclora.crm", 2)
+ADAPTER = Format("reclora.adapter", 2)
 CHECKPOINT = Format("reclora.checkpoint", 1)
-EVALUATION = Format("reclora.evaluation", 1)
+EVALUATION = Format("reclora.evaluation", 2)
 SERVICE = Format("reclora.service", 1)
 STUDY_RUN = Format("reclora.study_run", 1)
 
@@ -60,6 +60,17 @@ predictions = pa.schema(
         pa.field("score", pa.float64(), nullable=False),
     ]
 )
+
+candidates = pa.schema(
+    [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("user", pa.int32(), nullable=False),
+        pa.field("time", pa.int64(), nullable=False),
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),
+    ]
+)
+"""Lists to rank, the rows of a list one after the other; ``label`` is 1 for the item of the sample itself."""
 
 
 def _positions(fields: int) -> pa.DataType:

@@ -1,5 +1,6 @@
-"""Input of a conventional recommender."""
+"""Input and output of a conventional recommender."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,3 +38,26 @@ class CrmBatch:
     def to(self, device: torch.device | str) -> "CrmBatch":
         """The batch on ``device``."""
         return CrmBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class CrmOutput:
+    """What a CRM says of a batch.
+
+    Attributes:
+        state: what gates read of (user, target, history), [batch, state_width].
+        logit: logit of liking, [batch].
+    """
+
+    state: torch.Tensor
+    logit: torch.Tensor
+    _user_state: Callable[[], torch.Tensor]
+
+    @property
+    def user_state(self) -> torch.Tensor:
+        """What is known without the target item, [batch, user_state_width]; computed when it is asked for.
+
+        With a history that was retrieved for the target (any strategy but ``recent``) it depends on the target all the
+        same.
+        """
+        return self._user_state()

@@ -16,25 +16,6 @@ def mlp(d_in: int, widths: Sequence[int], dropout: float = 0.0) -> nn.Sequential
     return nn.Sequential(*layers)
 
 
-class Fields(nn.Module):
-    """Embeddings of categorical fields, side by side; position 0 is unknown."""
-
-    offsets: Tensor
-
-    def __init__(self, sizes: Sequence[int], width: int) -> None:
-        super().__init__()
-        offsets = torch.tensor([0, *[size + 1 for size in sizes]]).cumsum(0)
-        self.register_buffer("offsets", offsets[:-1], persistent=False)
-        self.table = nn.Embedding(int(offsets[-1]), width)
-        self.width = width * len(sizes)
-        nn.init.normal_(self.table.weight, std=0.1)
-
-    def forward(self, fields: Tensor) -> Tensor:
-        """int64 [..., fields] -> [..., fields * width]."""
-        embedded: Tensor = self.table(fields + self.offsets)
-        return embedded.flatten(-2)
-
-
 class TargetAttention(nn.Module):
     """DIN's attention: an MLP on [t, h, t−h, t·h] weighs each history step, without softmax (arXiv 1706.06978)."""
 
@@ -61,3 +42,19 @@ class TargetAttention(nn.Module):
         varying = F.linear(history, h - difference) + F.linear(history * target[:, None], product)
         weights = self.rest(F.relu(constant + varying)).squeeze(-1) * mask
         return torch.bmm(weights[:, None], history).squeeze(1)
+
+
+def masked_mean(history: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the real steps of [batch, steps, width]; zero where there are none."""
+    real = mask[..., None].to(history.dtype)
+    return (history * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def last_step(steps: Tensor, length: Tensor) -> Tensor:
+    """The last real step of [batch, steps, width]; zero where there is none.
+
+    Args:
+        length: real steps, which come first, int64 [batch].
+    """
+    last = (length - 1).clamp(min=0)[:, None, None].expand(-1, 1, steps.shape[2])
+    return steps.gather(1, last).squeeze(1) * (length > 0)[:, None]

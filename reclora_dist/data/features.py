@@ -195,6 +195,18 @@ class FeatureStore:
         counts = np.broadcast_to(np.array(past.counts, np.float32), item_counts.shape)
         return self._table(past, targets, np.concatenate([item_counts, counts], axis=1), retrieval)
 
+    def first_seen(self) -> NDArray[np.int64]:
+        """Time of the first event of each item position, int64 [items + 1]; the largest int64 where there is none."""
+        first = np.full(len(self.titles), np.iinfo(np.int64).max)
+        np.minimum.at(first, self._log.items, self._log.times)
+        return first
+
+    def seen(self, user: int, time: int) -> NDArray[np.int32]:
+        """Items of a user position's events strictly before ``time``, int32 [events], oldest first."""
+        log = self._log
+        start, stop = log.offsets[user], log.offsets[user + 1]
+        return log.items[start : start + np.searchsorted(log.times[start:stop], time)]
+
     def _past(
         self,
         user: str | None,

@@ -98,6 +98,13 @@ def paired_difference(
     return _interval(_point(metric, a) - _point(metric, b), difference)
 
 
+def mean_interval(values: Floats, config: EvaluateConfig) -> Interval:
+    """Mean of one value per user [users]; means of equally many users are taken over the same resamples."""
+    sample = _Sample(values, values, np.arange(len(values)), len(values), config.calibration_bins)
+    draws = _resample(sample, {"mean": _row_mean(sample, values)}, config)["mean"]
+    return _interval(float(values.mean()), np.concatenate(draws))
+
+
 def _check(labels: NDArray[np.int8], scores: Floats, users: NDArray[np.int32], config: EvaluateConfig) -> _Sample:
     shapes = {np.shape(labels), np.shape(scores), np.shape(users)}
     if len(shapes) != 1 or len(np.shape(labels)) != 1 or not np.size(labels):

@@ -66,11 +66,11 @@ def calibration(curves: Sequence[Curve]) -> bytes:
 def gates(mixtures: Mapping[str, NDArray[np.float32]], models: Sequence[str]) -> bytes:
     """How gates use their experts, from mixtures float32 [n, matrices, experts] of some of the report's models.
 
-    Left: weight of each expert, mean and standard deviation over samples and matrices. Right: distribution of the
-    mixtures' entropy as a share of the uniform mixture's.
+    Left: weight of each expert, mean and standard deviation over samples and matrices. Middle: share of the mixtures in
+    which it has the largest weight. Right: distribution of the mixtures' entropy as a share of the uniform mixture's.
     """
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     width = 0.8 / len(mixtures)
     for place, (name, mixture) in enumerate(mixtures.items()):
         style = _style(models.index(name))
@@ -78,14 +78,18 @@ def gates(mixtures: Mapping[str, NDArray[np.float32]], models: Sequence[str]) ->
         experts = np.arange(flat.shape[1]) + (place - (len(mixtures) - 1) / 2) * width
         errors = {"ecolor": _GREY, "elinewidth": 0.8}
         left.bar(experts, flat.mean(0), width, yerr=flat.std(0), color=style["color"], label=name, error_kw=errors)
+        largest = np.bincount(flat.argmax(axis=1), minlength=flat.shape[1]) / len(flat)
+        middle.bar(experts, largest, width, color=style["color"])
         right.hist(_entropy(flat), bins=np.linspace(0, 1, 51), density=True, histtype="step", label=name, **style)
-    largest = max(mixture.shape[-1] for mixture in mixtures.values())
-    left.axhline(1 / largest, color=_GREY, linewidth=0.8, linestyle=":")
+    most = max(mixture.shape[-1] for mixture in mixtures.values())
     left.set(xlabel="Expert", ylabel="Weight", title="Mean mixture (bars: standard deviation)", ylim=(0, None))
-    left.set_xticks(range(largest))
+    middle.set(xlabel="Expert", ylabel="Share of mixtures", title="Expert with the largest weight")
+    for axes in (left, middle):
+        axes.axhline(1 / most, color=_GREY, linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(most))
     right.set(xlabel="Entropy / log(experts)", ylabel="Density", title="Entropy of the mixtures", xlim=(0, 1.02))
     right.legend(loc="upper left", frameon=False)
-    _bare(left, right)
+    _bare(left, middle, right)
     return _png(figure)
 
 
@@ -101,6 +105,28 @@ def forest(models: Mapping[str, Interval], differences: Mapping[str, Interval], 
         panels[1].axvline(0, color=_GREY, linewidth=0.8)
         panels[1].set(xlabel=f"Difference of {metric}, 95 % interval", title="Paired differences")
     _bare(*panels)
+    return _png(figure)
+
+
+def slices(found: Mapping[str, Mapping[str, Interval]], models: Sequence[str]) -> bytes:
+    """AUC with 95 % intervals of each of the report's models in each slice where it is defined."""
+    shown = {name: by_model for name, by_model in found.items() if by_model}
+    figure = Figure(figsize=(8.0, 1.2 + len(shown) * (0.3 + 0.14 * len(models))), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(shown))[::-1]
+    for place, model in enumerate(models):
+        own = [(at, by_model[model]) for at, by_model in zip(places, shown.values(), strict=True) if model in by_model]
+        shift = 0.7 * (0.5 - (place + 0.5) / len(models))
+        means = [interval.mean for _, interval in own]
+        reach = np.abs([[i.mean - i.low, i.high - i.mean] for _, i in own]).reshape(-1, 2).T
+        marks = {"fmt": "os^Dv"[place % 5], "color": _style(place)["color"], "capsize": 2, "markersize": 4}
+        axes.errorbar(means, [at + shift for at, _ in own], xerr=reach, label=model, linewidth=1.2, **marks)
+    axes.set_yticks(places, list(shown))
+    axes.set(xlabel="AUC, 95 % interval", title="AUC by slice", ylim=(-0.6, len(shown) - 0.4))
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _bare(axes)
     return _png(figure)
 
 

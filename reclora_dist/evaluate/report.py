@@ -14,7 +14,11 @@ from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate import plots
 from reclora_dist.evaluate.metrics import Interval
 
-_TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "LogLoss", "acc": "ACC", "ece": "ECE"}
+_TITLES = {
+    "auc": "AUC", "gauc": "GAUC", "logloss": "LogLoss", "acc": "ACC", "ece": "ECE",
+    "hit_ratio_at_1": "HR@1", "ndcg_at_5": "NDCG@5", "mrr": "MRR",
+}  # fmt: skip
+_DIFFERENCE = ("Difference", "Metric", "Value")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 0 0 1.5rem } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd }
@@ -49,14 +53,42 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class SliceResult:
+    """A part of the rows: how many rows and users, and by model the metrics that are defined there."""
+
+    name: str
+    rows: int
+    users: int
+    models: Mapping[str, Mapping[str, Interval]]
+    differences: Sequence[Difference] = ()
+
+
+@dataclass(frozen=True)
+class RankingResult:
+    """Metrics by model of ranking each user's next liked item among ``candidates`` items."""
+
+    users: int
+    candidates: int
+    models: Mapping[str, Mapping[str, Interval]]
+    differences: Sequence[Difference] = ()
+
+
+@dataclass(frozen=True)
 class Report:
-    """Everything a report shows; ``seconds`` is the wall-clock time per stage."""
+    """Everything a report shows.
+
+    ``slices`` are of the rows that all models score, ``all_rows`` of the whole split; ``seconds`` is the wall-clock
+    time per stage.
+    """
 
     title: str
     models: Sequence[ModelResult]
     differences: Sequence[Difference] = ()
     notes: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    slices: Sequence[SliceResult] = ()
+    all_rows: Sequence[SliceResult] = ()
+    ranking: RankingResult | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +126,50 @@ def _tables(report: Report) -> list[_Table]:
     rows = [[model.name, *(_cell(model.metrics.get(m)) for m in metrics), _rate(model)] for model in report.models]
     tables = [_Table("Models (point value and 95 % interval over users)", header, rows)]
     if report.differences:
-        paired = [[f"{d.better} − {d.than}", _TITLES[d.metric], _cell(d.interval, "+")] for d in report.differences]
-        tables.append(_Table("Paired differences", ["Difference", "Metric", "Value"], paired))
+        tables.append(_Table("Paired differences", _DIFFERENCE, _differences(report.differences)))
+    tables += _slice_tables(report) + (_ranking_tables(report.ranking) if report.ranking else [])
     if report.seconds:
         stages = [[stage, f"{seconds:.1f}"] for stage, seconds in report.seconds.items()]
         stages.append(["total", f"{sum(report.seconds.values()):.1f}"])
         tables.append(_Table("Time", ["Stage", "Seconds"], stages))
+    return tables
+
+
+def _differences(differences: Sequence[Difference]) -> list[list[str]]:
+    return [[f"{d.better} − {d.than}", _TITLES[d.metric], _cell(d.interval, "+")] for d in differences]
+
+
+def _slice_tables(report: Report) -> list[_Table]:
+    tables = []
+    for title, found in (("Slices", report.slices), ("Slices of all rows", report.all_rows)):
+        if found:
+            tables.append(_slice_table(title, found))
+        paired = [[s.name.replace("_", " "), *row] for s in found for row in _differences(s.differences)]
+        if paired:
+            tables.append(_Table(f"{title}: paired differences", ["Slice", *_DIFFERENCE], paired))
+    return tables
+
+
+def _slice_table(title: str, slices: Sequence[SliceResult]) -> _Table:
+    """A line per slice and model; the counts stand in the first of a slice, and alone where nothing is defined."""
+    metrics = [m for m in _TITLES if any(m in found for s in slices for found in s.models.values())]
+    rows = []
+    for part in slices:
+        first = [part.name.replace("_", " "), f"{part.rows:,}", f"{part.users:,}"]
+        defined = {model: found for model, found in part.models.items() if found} or {"–": {}}
+        for model, found in defined.items():
+            rows.append([*first, model, *(_cell(found.get(metric)) for metric in metrics)])
+            first = ["", "", ""]
+    return _Table(title, ["Slice", "Rows", "Users", "Model", *(_TITLES[m] for m in metrics)], rows)
+
+
+def _ranking_tables(ranking: RankingResult) -> list[_Table]:
+    title = f"Next liked item among {ranking.candidates} ({ranking.users:,} users)"
+    metrics = list(next(iter(ranking.models.values())))
+    rows = [[model, *(_cell(found[m]) for m in metrics)] for model, found in ranking.models.items()]
+    tables = [_Table(title, ["Model", *(_TITLES[m] for m in metrics)], rows)]
+    if ranking.differences:
+        tables.append(_Table(f"{title}: paired differences", _DIFFERENCE, _differences(ranking.differences)))
     return tables
 
 
@@ -126,6 +196,9 @@ def _plots(report: Report) -> list[_Plot]:
     paired = {f"{d.better} − {d.than}": d.interval for d in report.differences if d.metric == "auc"}
     if auc:
         found.insert(0, _Plot("auc.png", "AUC and its paired differences", plots.forest(auc, paired)))
+    slices = {s.name.replace("_", " "): {m: f["auc"] for m, f in s.models.items() if "auc" in f} for s in report.slices}
+    if any(slices.values()):
+        found.append(_Plot("slices.png", "AUC by slice", plots.slices(slices, [model.name for model in report.models])))
     mixtures = {m.name: m.mixtures for m in report.models if m.mixtures is not None and m.mixtures.shape[-1] > 1}
     if mixtures:
         found.append(

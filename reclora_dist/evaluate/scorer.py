@@ -1,5 +1,7 @@
 """Score rows of text shards with one adapter: the same code validates in training, evaluates and serves."""
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -8,11 +10,12 @@ import torch
 from reclora_dist.backbone.load import load_tokenizer
 from reclora_dist.contract.manifest import ContractError, Manifest, read_manifest
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import EVENTS
+from reclora_dist.contract.schema import EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.sim import Sim
+from reclora_dist.crm.build import Crm
 from reclora_dist.data.collate import TextCollator, crm_batch
+from reclora_dist.data.features import FeatureStore
 from reclora_dist.data.prompts import PromptBuilder
 from reclora_dist.lora.adapter import AdapterConfig, load_adapter, resolved_backbone
 from reclora_dist.lora.model import RecLora
@@ -42,7 +45,7 @@ def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextC
     return TextCollator(prompts)
 
 
-def crm_probability(model: Sim, batch: CrmBatch) -> torch.Tensor:
+def crm_probability(model: Crm, batch: CrmBatch) -> torch.Tensor:
     """The CRM's own probability of a like, [batch]."""
     return torch.sigmoid(model(batch).logit.double())
 
@@ -59,18 +62,39 @@ class Scorer:
 
     @classmethod
     def load(cls, adapter: Folder, threads: int = 1, batch_size: int = 256) -> "Scorer":
-        """Load an adapter folder and the datasets that it refers to.
+        """``from_pretrained`` for a process that does nothing else: torch takes ``threads`` threads from now on."""
+        torch.set_num_threads(threads)
+        return cls.from_pretrained(adapter.uri, batch_size=batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        base: str | None = None,
+        batch_size: int = 256,
+    ) -> "Scorer":
+        """Load an adapter folder and the datasets that it refers to; the model is in eval mode.
+
+        Args:
+            path: path or URI of the adapter folder.
+            device: None takes the GPU where there is one.
+            dtype: type of the backbone, float32 or bfloat16; None takes that of the adapter's config.
+            base: folder or hub id of the backbone, for an adapter whose own path to it does not lead there.
+            batch_size: samples per forward pass.
 
         Raises:
-            ContractError: the adapter or its events are missing, damaged, or not those it was trained with.
+            ContractError: the adapter, its backbone or its events are missing, damaged, or not those of its training.
+            ValueError: the backbone is no model folder, or the dtype is another one.
         """
-        torch.set_num_threads(threads)
-        model, config = load_adapter(adapter)
+        adapter = Folder(path).absolute()
+        model, config = load_adapter(adapter, dtype, base)
         events = referenced(adapter, config, "events")
         check_reference(config, "events", read_manifest(events, EVENTS))
         collate = text_collator(config, events, resolved_backbone(adapter, config))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), config, collate, batch_size)
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(chosen), config, collate, batch_size)
 
     @property
     def name(self) -> str:
@@ -78,11 +102,20 @@ class Scorer:
         return self.config.name
 
     @torch.inference_mode()
-    def score(self, rows: pa.Table) -> Scores:
-        """Probability of a like for rows in the text shard schema, float64 [rows], in their order."""
+    def score(self, rows: pa.Table, donors: pa.Table | None = None) -> Scores:
+        """Probability of a like for rows in the text shard schema, float64 [rows], in their order.
+
+        Args:
+            donors: for each row one whose mixture takes the place of the row's own (see ``shuffled``); all else stays.
+        """
         scores = np.empty(rows.num_rows)
-        for places, batch in self._batches(rows):
-            logits = self.model(self.collate(batch).to(self.device))
+        for places, table in self._batches(rows):
+            batch = self.collate(table).to(self.device)
+            foreign = None
+            if donors is not None:
+                crm = crm_batch(donors.take(pa.array(places))).to(self.device)
+                foreign = self.model.mixture(dataclasses.replace(batch, crm=crm))
+            logits = self.model(batch, foreign)
             scores[places] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
         return scores
 
@@ -96,8 +129,11 @@ class Scorer:
 
     @torch.inference_mode()
     def mixtures(self, rows: pa.Table) -> npt.NDArray[np.float32]:
-        """Gate weights, float32 [rows, matrices, experts]; one expert of weight 1 where there is no gate."""
-        parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.experts), np.float32)
+        """Gate weights, float32 [rows, matrices, experts]; one expert of weight 1 where there is no gate.
+
+        In mode ``matrix`` they are matrices, [rows, matrices, r · r].
+        """
+        parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.mixture_width), np.float32)
         for places, batch in self._batches(rows):
             mixture = self.model.mixture(self.collate(batch).to(self.device))
             if mixture is not None:
@@ -109,6 +145,26 @@ class Scorer:
         order = np.argsort(rows["short_length"].to_numpy(), kind="stable")
         places = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         return [(part, rows.take(pa.array(part))) for part in places]
+
+
+def shuffled(rows: pa.Table, seed: int) -> pa.Table:
+    """The rows in a random order that leaves none (of two or more) at its place: donors of ``Scorer.score``."""
+    order = np.random.default_rng(seed).permutation(rows.num_rows)
+    donors = np.empty_like(order)
+    donors[order] = np.roll(order, 1)
+    return rows.take(pa.array(donors))
+
+
+def feature_store(path: str, config: AdapterConfig) -> FeatureStore:
+    """The log and the item vectors that the adapter at ``path`` refers to: they give the rows of a user.
+
+    Raises:
+        ContractError: they are missing, damaged, or not those that the adapter was trained with.
+    """
+    events, vectors = (referenced(Folder(path), config, name) for name in ("events", "vectors"))
+    check_reference(config, "events", read_manifest(events, EVENTS))
+    check_reference(config, "vectors", read_manifest(vectors, VECTORS))
+    return FeatureStore.load(events, vectors)
 
 
 def referenced(adapter: Folder, config: AdapterConfig, name: str) -> Folder:

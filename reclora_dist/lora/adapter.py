@@ -2,22 +2,35 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import yaml
 from safetensors.torch import load, save
 from torch import Tensor
 
 from reclora_dist.backbone.load import load_backbone
 from reclora_dist.config.load import build
 from reclora_dist.config.schema import BackboneConfig, LoraConfig, PromptConfig, RetrievalConfig
-from reclora_dist.contract.manifest import ContractError, Manifest, add_file, commit, read_manifest, verified
+from reclora_dist.contract.manifest import (
+    ContractError,
+    Manifest,
+    add_digested,
+    add_file,
+    commit,
+    digested,
+    read_manifest,
+    verified,
+)
 from reclora_dist.contract.schema import ADAPTER, BACKBONE
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import crm_files, load_crm
 from reclora_dist.lora.model import RecLora
+
+_DTYPES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
@@ -59,24 +72,27 @@ def save_adapter(
     identity: AdapterIdentity,
     facts: Mapping[str, Any],
 ) -> Manifest:
-    """Write an adapter folder; the manifest comes last.
+    """Write an adapter folder: its files, then the manifest that names them, then the model card.
+
+    The card is for people, who add a license or a remark to it: the manifest does not name it, no reader needs it.
 
     Args:
         parameters: the trained parameters by name.
         crm: folder and manifest of the frozen CRM; its two files are copied.
-        facts: figures of the training, shown on the model card.
+        facts: figures of the training, shown on the model card; see ``model_card``.
     """
     crm_folder, crm_manifest = crm
     files = [
-        add_file(folder, CONFIG, json.dumps(dataclasses.asdict(config), indent=1).encode()),
-        add_file(folder, WEIGHTS, save({name: value.contiguous() for name, value in parameters.items()})),
-        *(add_file(folder, e.path, verified(crm_folder, e)) for e in crm_files(crm_manifest)),
-        add_file(folder, CARD, model_card(config, facts).encode()),
+        add_digested(folder, CONFIG, json.dumps(dataclasses.asdict(config), indent=1).encode()),
+        add_digested(folder, WEIGHTS, save({name: value.contiguous() for name, value in parameters.items()})),
+        *(add_file(folder, e.path, verified(crm_folder, e)) for e in crm_files(crm_folder, crm_manifest)),
     ]
     manifest = Manifest(
         ADAPTER.name, ADAPTER.version, identity.config_digest, dict(identity.parents), tuple(files), dict(facts)
     )
-    return commit(folder, manifest)
+    commit(folder, manifest)
+    folder.write(CARD, model_card(config, identity.parents, facts).encode())
+    return manifest
 
 
 def read_adapter_config(folder: Folder) -> tuple[AdapterConfig, Manifest]:
@@ -86,24 +102,42 @@ def read_adapter_config(folder: Folder) -> tuple[AdapterConfig, Manifest]:
         ContractError: it is no adapter folder, of another version, or damaged.
     """
     manifest = read_manifest(folder, ADAPTER)
-    entry = next(e for e in manifest.files if e.path == CONFIG)
-    return build(AdapterConfig, json.loads(verified(folder, entry))), manifest
+    content = verified(folder, digested(folder, manifest, CONFIG))
+    return build(AdapterConfig, json.loads(content)), manifest
 
 
-def load_adapter(folder: Folder) -> tuple[RecLora, AdapterConfig]:
-    """The model of an adapter folder, in eval mode.
+def load_adapter(
+    folder: Folder, dtype: torch.dtype | None = None, base: str | None = None
+) -> tuple[RecLora, AdapterConfig]:
+    """The model of an adapter folder, in eval mode, and its config with the changes asked for here.
+
+    Args:
+        dtype: float32 or bfloat16, the type of the backbone in place of the configured one.
+        base: folder or hub id of the backbone in place of the configured one.
 
     Raises:
-        ContractError: the folder is damaged, or the backbone that its config names is not the one it was trained on.
+        ContractError: the folder is damaged, or the backbone is not the one that the adapter was trained on.
+        ValueError: the dtype is another one.
     """
     config, manifest = read_adapter_config(folder)
+    config = _changed(config, dtype, base)
     _check_backbone(folder, config, manifest.parents)
-    entry = next(e for e in manifest.files if e.path == WEIGHTS)
-    parameters = load(verified(folder, entry))
+    parameters = load(verified(folder, digested(folder, manifest, WEIGHTS)))
     backbone = load_backbone(config.backbone, resolved_backbone(folder, config))
     model = RecLora(backbone, load_crm(folder, manifest), config.backbone, config.lora)
     load_trained(model, parameters, folder.uri)
     return model.eval(), config
+
+
+def _changed(config: AdapterConfig, dtype: torch.dtype | None, base: str | None) -> AdapterConfig:
+    if dtype is not None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype} is not supported: take {' or '.join(map(str, _DTYPES))}")
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, dtype=_DTYPES[dtype]))
+    if base is not None:
+        path = Path(base).expanduser()
+        config = dataclasses.replace(config, backbone_path=str(path.resolve()) if path.is_dir() else base)
+    return config
 
 
 def _check_backbone(folder: Folder, config: AdapterConfig, parents: Mapping[str, str]) -> None:
@@ -144,33 +178,87 @@ def load_trained(model: RecLora, parameters: Mapping[str, Tensor], origin: str) 
             parameter.copy_(parameters[name])
 
 
-def model_card(config: AdapterConfig, facts: Mapping[str, Any]) -> str:
-    """A Markdown card: what it is, what it was made from, how it did on validation, and its limits."""
+def model_card(config: AdapterConfig, parents: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    """A Markdown card with the front matter of the Hugging Face hub; the license is left to whoever publishes it.
+
+    Args:
+        parents: content digests of what the training read, by name.
+        facts: figures of the training; ``validation_auc`` and ``history``, its values by step, are among them.
+    """
     lora = config.lora
-    figures = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
+    figures = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str)]
+    known = {key: reference.content_digest for key, reference in config.references.items()} | dict(parents)
     return "\n".join(
         [
+            front_matter(_hub_record(config, known, facts)),
             f"# Adapter `{config.name}`",
             "",
             f"{lora.experts} meta-LoRAs of rank {lora.rank} ({lora.mode} mode, gate: {lora.gate}) on "
-            f"{', '.join(config.backbone.targets)} of `{config.backbone_path}`. It predicts whether a user will like "
-            "an item; the score is the probability of yes.",
+            f"{', '.join(config.backbone.targets) or 'queries and values'} of `{config.backbone_path}` (RecLoRA, "
+            "arXiv 2408.03533). It predicts whether a user will like an item; the score is the probability of yes.",
             "",
+            _USE,
             "## Training",
-            "| figure | value |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in figures.items()),
+            *_table(("figure", "value"), figures),
+            "",
+            "## Validation",
+            *_table(("step", "AUC"), [(point["step"], f"{point['validation_auc']:.4f}") for point in facts["history"]]),
+            "",
+            "The weights are those of the best step. See the evaluation's report for the test split.",
             "",
             "## Data",
-            *(
-                f"* {name}: content digest `{ref.content_digest[:16]}`"
-                for name, ref in sorted(config.references.items())
-            ),
+            *_table(("dataset", "content digest"), [(name, f"`{digest}`") for name, digest in sorted(known.items())]),
             "",
-            "## Limits",
-            "Scores hold for users and items of the data above and for the time it covers; a new item has only its "
-            "text and fields, a user without history gets no score. The figures are of the validation split; see the "
-            "evaluation's report for the test split.",
-            "",
+            _LIMITS,
         ]
     )
+
+
+_USE = """## Use
+```python
+from reclora_dist.evaluate.scorer import Scorer, feature_store
+
+scorer = Scorer.from_pretrained("THIS FOLDER")
+store = feature_store("THIS FOLDER", scorer.config)
+scorer.score(store.rows(["ITEM", "ITEM"], scorer.config.retrieval, user="USER"))
+```
+"""
+
+_LIMITS = """## Intended use
+Scoring of candidates that something else retrieved, for users of the log or users whose history comes with the request.
+It is not meant to rank a whole catalogue, nor for decisions about people.
+
+## Limits
+Scores hold for users and items of the data above and for the time it covers, with the biases of what was shown and
+rated then. A new item has only its text and fields; a user without history gets no score.
+"""
+
+
+def _hub_record(config: AdapterConfig, known: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Front matter by the hub's names; ``model-index`` is how it takes figures."""
+    result = {
+        "task": {"type": "text-classification", "name": "click-through rate prediction"},
+        "dataset": {
+            "type": "reclora.shards",
+            "name": "text samples",
+            "split": "validation",
+            "revision": known["shards"],
+        },
+        "metrics": [{"type": "roc_auc", "name": "AUC", "value": facts["validation_auc"]}],
+    }
+    return {
+        "base_model": config.backbone_path,
+        "library_name": "reclora_dist",
+        "tags": ["recommendation", "click-through-rate", "lora", "reclora"],
+        "metrics": ["roc_auc"],
+        "model-index": [{"name": config.name, "results": [result]}],
+    }
+
+
+def front_matter(record: Mapping[str, Any]) -> str:
+    """YAML between two lines of dashes, as the hub reads it from the top of a card."""
+    return f"---\n{yaml.safe_dump(dict(record), sort_keys=False)}---"
+
+
+def _table(header: tuple[str, str], rows: Sequence[tuple[object, object]]) -> list[str]:
+    return [f"| {left} | {right} |" for left, right in (header, ("---", "---"), *rows)]

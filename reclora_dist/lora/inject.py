@@ -1,28 +1,58 @@
-"""Wrap a backbone's Linear layers with banks and hand them the mixture of the running forward."""
+"""Wrap a backbone's linear layers with banks and hand them the mixture of the running forward."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reclora_dist.config.schema import LoraConfig
 from reclora_dist.lora.bank import Bank
 
+QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("Wqkv",))
+"""Names of the query and value projections: LLaMA, Mistral and Qwen; BERT; GPT-NeoX; ModernBERT."""
+
 
 @dataclass
 class Conditioning:
-    """The mixtures of the batch in work, [matrices, batch, experts]; None means one expert and no gate.
+    """What the adapters of the batch in work are mixed by.
 
     It stays set after the forward, because gradient checkpointing runs the layers again in backward.
+
+    Attributes:
+        mixture: [matrices, samples, width], width K, or r·r in ``matrix`` mode; None means one expert and no gate.
+        segments: which sample each token belongs to, int64 [batch, length], where several samples share a row; padding
+            may name any. None: row i is sample i.
     """
 
     mixture: Tensor | None = field(default=None, repr=False)
+    segments: Tensor | None = field(default=None, repr=False)
+    _source: tuple[object, ...] = field(default=(), init=False, repr=False)
+    _rows: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+
+    def row(self, index: int, dtype: torch.dtype) -> Tensor | None:
+        """The mixture of one matrix in ``dtype``, [samples, width], or [batch, length, width] with segments.
+
+        Cast, spread over the tokens and taken apart once for all matrices, forward and backward.
+        """
+        if self.mixture is None:
+            return None
+        source = (self.mixture, self.segments, dtype, torch.is_grad_enabled())
+        if len(self._source) != len(source) or any(a is not b for a, b in zip(self._source, source, strict=True)):
+            mixture = self.mixture.to(dtype)
+            if self.segments is not None:
+                mixture = mixture.index_select(1, self.segments.flatten()).unflatten(1, self.segments.shape)
+            self._source, self._rows = source, mixture.unbind(0)
+        return self._rows[index]
 
 
 class PersonalisedLinear(nn.Module):
-    """A frozen Linear plus the update of its bank under the current conditioning."""
+    """A frozen linear layer plus the update of its bank under the current conditioning.
+
+    The layer may be of any kind, quantised for instance: it is only called.
+    """
 
     def __init__(self, base: nn.Module, bank: Bank, index: int, conditioning: Conditioning, dropout: float) -> None:
         super().__init__()
@@ -34,19 +64,20 @@ class PersonalisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the wrapped layer for x [batch, length, d_in]."""
-        mixture = self.conditioning.mixture
-        own = None if mixture is None else mixture[self.index].to(x.dtype)
-        update: Tensor = self.bank(F.dropout(x, self.dropout, self.training), own)
-        output: Tensor = self.base(x)
-        return output + update
+        mixture = self.conditioning.row(self.index, x.dtype)
+        own = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        output: Tensor = self.bank(own, mixture, self.base(x))
+        return output
 
 
 def inject(
     model: nn.Module, targets: Sequence[str], config: LoraConfig, conditioning: Conditioning, top_layers: int = 0
 ) -> dict[str, Bank]:
-    """Freeze ``model`` and wrap its Linear layers whose last name is in ``targets``.
+    """Freeze ``model`` and wrap its linear layers that ``targets`` name.
 
     Args:
+        targets: last names (``q_proj``) or ends of the full name (``self_attn.q_proj``); ``all-linear`` alone for every
+            linear layer of the stack; empty for the query and value projections.
         top_layers: adapt only the last n layers of the stack; 0 adapts all.
 
     Returns:
@@ -59,23 +90,32 @@ def inject(
     names = _target_names(model, targets, top_layers)
     banks = {}
     for index, name in enumerate(names):
-        parent = model.get_submodule(name.rpartition(".")[0])
         base = model.get_submodule(name)
-        d_out, d_in = base.weight.shape  # type: ignore[misc]
+        d_in, d_out = (int(getattr(base, side)) for side in ("in_features", "out_features"))
         bank = Bank(d_in, d_out, config.experts, config.rank, config.alpha, config.mode)
-        setattr(parent, name.rpartition(".")[2], PersonalisedLinear(base, bank, index, conditioning, config.dropout))
+        layer = PersonalisedLinear(base, bank, index, conditioning, config.dropout)
+        model.set_submodule(name, layer)
         banks[name] = bank
     return banks
 
 
 def _target_names(model: nn.Module, targets: Sequence[str], top_layers: int) -> list[str]:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = [name for name in linears if name.rpartition(".")[2] in targets]
+    linears = [n for n, m in model.named_modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    known = sorted({name.rpartition(".")[2] for name in linears})
+    if list(targets) == ["all-linear"]:
+        names = [name for name in linears if _layer(name) >= 0]
+    else:
+        wanted = targets or next((group for group in QUERY_VALUE if set(group) <= set(known)), ())
+        names = [name for name in linears if any(f".{name}".endswith(f".{target}") for target in wanted)]
     if top_layers:
-        layer = {name: int(re.findall(r"\.(\d+)\.", f".{name}")[0]) for name in names}
-        first = max(layer.values(), default=0) + 1 - top_layers
-        names = [name for name in names if layer[name] >= first]
+        first = max(map(_layer, names), default=0) + 1 - top_layers
+        names = [name for name in names if _layer(name) >= first]
     if not names:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-        raise ValueError(f"no Linear layer is named any of {list(targets)}; this backbone has: {known}")
+        raise ValueError(f"no linear layer is named any of {list(targets)}; this backbone has: {', '.join(known)}")
     return names
+
+
+def _layer(name: str) -> int:
+    """The layer of the stack that a module is part of; -1 for a head or a pooler."""
+    numbers = re.findall(r"\.(\d+)\.", f".{name}")
+    return int(numbers[0]) if numbers else -1

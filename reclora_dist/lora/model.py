@@ -4,12 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reclora_dist.backbone.load import Backbone
+from reclora_dist.config.check import check_lora
 from reclora_dist.config.schema import BackboneConfig, LoraConfig
-from reclora_dist.crm.sim import Sim
+from reclora_dist.crm.batch import CrmOutput
+from reclora_dist.crm.build import Crm
 from reclora_dist.lora.batch import TextBatch
-from reclora_dist.lora.gate import GateStack
+from reclora_dist.lora.fusion import Fusion
+from reclora_dist.lora.gate import Gate, GateStack, IdGate, RandomGate
 from reclora_dist.lora.inject import Conditioning, inject
 
 
@@ -20,19 +24,27 @@ class RecLora(nn.Module):
     trainable parameters.
     """
 
-    def __init__(self, backbone: Backbone, crm: Sim, target: BackboneConfig, config: LoraConfig) -> None:
+    def __init__(self, backbone: Backbone, crm: Crm, target: BackboneConfig, config: LoraConfig) -> None:
+        """Wrap ``backbone``, which is changed in place.
+
+        Raises:
+            ValueError: the settings of ``config`` do not go together, or no layer of the backbone is a target.
+        """
         super().__init__()
-        if config.gate == "none" and config.experts != 1:
-            raise ValueError(f"gate 'none' needs experts = 1, not {config.experts}; or take gate 'uniform'")
+        check_lora(config, "LoraConfig")
         self.config = config
         self.conditioning = Conditioning()
         self.backbone = backbone
         self.banks = inject(backbone.model, target.targets, config, self.conditioning, target.top_layers)
-        self.gates = _gates(config, len(self.banks), crm.state_width) if config.gate == "crm" else None
+        self.gates = _gates(config, len(self.banks), crm, target.seed)
+        self.fusion = Fusion(backbone.width, crm.state_width) if config.head == "fusion" else None
+        if self.fusion is not None and backbone.head is not None:
+            backbone.head.requires_grad_(False)  # not called any more: DDP would wait for its gradient
+        self._reads_crm = config.gate in ("crm", "user") or config.head != "answers"
         self._crm = [crm.eval().requires_grad_(False)]
 
     @property
-    def crm(self) -> Sim:
+    def crm(self) -> Crm:
         """The frozen CRM."""
         return self._crm[0]
 
@@ -43,32 +55,68 @@ class RecLora(nn.Module):
         return self
 
     def mixture(self, batch: TextBatch) -> Tensor | None:
-        """Mixtures of a batch, [matrices, batch, experts]; None without a gate."""
+        """Mixtures of a batch, [matrices, batch, experts]; None without a gate.
+
+        In mode ``matrix`` they are matrices, [matrices, batch, r · r].
+        """
+        return self._mixture(batch, self._known(batch))
+
+    def forward(self, batch: TextBatch, mixture: Tensor | None = None) -> Tensor:
+        """Logits of (no, yes) for a batch, [batch, 2].
+
+        Args:
+            mixture: what ``mixture`` returns of other samples, to be used in place of the batch's own.
+        """
+        known = self._known(batch)
+        self.conditioning.mixture = self._mixture(batch, known) if mixture is None else mixture
+        prompt = batch.input_ids, batch.attention_mask, batch.last
+        if self.fusion is not None and known is not None:
+            fused: Tensor = self.fusion(self.backbone.pooled(*prompt), known.state)
+            return fused
+        logits: Tensor = self.backbone(*prompt)
+        if self.config.head == "offset" and known is not None:
+            return logits + F.pad(known.logit[:, None], (1, 0)).to(logits.dtype)
+        return logits
+
+    @torch.no_grad()
+    def _known(self, batch: TextBatch) -> CrmOutput | None:
+        """What the CRM says of a batch; None if neither gate nor head reads it."""
+        if not self._reads_crm:
+            return None
+        output: CrmOutput = self.crm(batch.crm)
+        return output
+
+    def _mixture(self, batch: TextBatch, known: CrmOutput | None) -> Tensor | None:
         if self.config.gate == "none":
             return None
         if self.gates is None:
-            shape = (len(self.banks), len(batch.input_ids), self.config.experts)
+            shape = (len(self.banks), len(batch), self.config.experts)
             return torch.full(shape, 1 / self.config.experts, device=batch.input_ids.device)
-        with torch.no_grad():
-            state = self.crm(batch.crm).state
-        result: Tensor = self.gates(state)
-        return result
-
-    def forward(self, batch: TextBatch) -> Tensor:
-        """Logits of (no, yes) for a batch, [batch, 2]."""
-        self.conditioning.mixture = self.mixture(batch)
-        logits: Tensor = self.backbone(batch.input_ids, batch.attention_mask, batch.last)
-        return logits
+        source = batch.crm.user
+        if isinstance(self.gates, GateStack):
+            assert known is not None
+            source = known.state if self.config.gate == "crm" else known.user_state
+        mixture: Tensor = self.gates(source)
+        return mixture.expand(len(self.banks), -1, -1)  # a shared gate's is that of every matrix
 
 
-def _gates(config: LoraConfig, matrices: int, state: int) -> GateStack:
-    return GateStack(
-        matrices, state, config.gate_hidden, config.experts, temperature=config.temperature, dropout=config.gate_dropout
-    )
+def _gates(config: LoraConfig, matrices: int, crm: Crm, seed: int) -> Gate | None:
+    gates = 1 if config.shared_gate else matrices
+    match config.gate:
+        case "crm":
+            return GateStack(gates, crm.state_width, config)
+        case "user":
+            return GateStack(gates, crm.user_state_width, config)
+        case "id":
+            return IdGate(gates, crm.inputs.users, config)
+        case "random":
+            return RandomGate(gates, config, seed)
+        case "uniform" | "none":
+            return None
 
 
 def parameter_role(name: str) -> str:
-    """Which learning rate a trainable parameter takes: ``bank``, ``gate`` or ``other`` (an encoder's head)."""
+    """Which learning rate a trainable parameter takes: ``bank``, ``gate`` or ``other`` (heads)."""
     if ".bank." in name:
         return "bank"
     return "gate" if name.startswith("gates.") else "other"

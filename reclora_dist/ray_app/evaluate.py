@@ -12,27 +12,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import torch
 
+from reclora_dist.config.check import shuffled_names
 from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import evaluation_target
 from reclora_dist.contract.arrays import read_array
 from reclora_dist.contract.manifest import FileEntry, add_file, verified
 from reclora_dist.contract.parts import read_parts, write_part
-from reclora_dist.contract.schema import CRM, EVALUATION, SHARDS, VECTORS, predictions
+from reclora_dist.contract.schema import CRM, EVALUATION, EVENTS, SHARDS, STATISTICS, VECTORS, candidates, predictions
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
-from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
+from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch, matrix
+from reclora_dist.data.features import FeatureStore
 from reclora_dist.evaluate.baselines import running_averages
-from reclora_dist.evaluate.metrics import Interval, binary_metrics, paired_difference
-from reclora_dist.evaluate.report import Difference, ModelResult
-from reclora_dist.evaluate.scorer import Scorer, crm_probability
+from reclora_dist.evaluate.metrics import METRICS, Interval, binary_metrics, mean_interval, paired_difference
+from reclora_dist.evaluate.ranking import CANDIDATES, RANKING_METRICS, candidate_rows, draw_candidates, ranking_values
+from reclora_dist.evaluate.report import Difference, ModelResult, RankingResult, SliceResult
+from reclora_dist.evaluate.scorer import Scorer, crm_probability, shuffled
+from reclora_dist.evaluate.slices import (
+    Rows,
+    Training,
+    as_json,
+    from_json,
+    slice_differences,
+    slice_metrics,
+    slices,
+)
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import Meters
 
 SPLITS = ("validation", "test")
+RANKING = "ranking"
 RESULTS = "metrics.json"
 MIXTURE_ROWS = 512
 
@@ -57,16 +72,23 @@ def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
     target = evaluation_target(config)
     files: list[FileEntry] = []
     results: dict[str, Any] = {"splits": {}, "all_rows": {}, "differences": []}
+    results |= {"slices": {}, "slices_of_all_rows": {}, "slice_differences": []}
     rates: dict[str, float] = {}
+    training = read_training(config)
+    if config.evaluate.ranking_users:
+        results[RANKING], written = _rank(config, target.folder)
+        files += written
     for split in SPLITS:
         rows = split_rows(config, split)
         scored = _score(config, rows, split)
         files += [_write_predictions(target.folder, split, model, rows, s) for model, s in scored.items()]
-        results["splits"][split] = _metrics(
-            config, rows, {model: s.scores for model, s in scored.items()}, split, meters
-        )
+        scores = {model: s.scores for model, s in scored.items()}
+        results["splits"][split] = _metrics(config, rows, scores, split, meters)
         results["differences"] += list(_differences(config, rows, scored, split))
-        results["all_rows"][split] = {"crm": _crm_on_all_rows(config, split)}
+        results["slices"][split], between = _slices(config, rows, scores, training)
+        results["slice_differences"] += [{"split": split, **difference} for difference in between]
+        whole, results["slices_of_all_rows"][split] = _crm_on_all_rows(config, split, training)
+        results["all_rows"][split] = {"crm": whole}
         mixtures = {model: s.mixtures for model, s in scored.items() if s.mixtures is not None}
         files += [_write_mixtures(target.folder, split, model, found) for model, found in mixtures.items()]
         rates = {model: s.samples_per_second for model, s in scored.items()}
@@ -86,6 +108,8 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     workers = max(1, config.ray.workers)
     cuts = np.linspace(0, rows.num_rows, workers + 1).astype(int)
     shared = [ray.put(rows.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
+    others = shuffled(rows, config.evaluate.seed)
+    donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
     task = _score_adapter.options(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)
     pending = {
         name: [
@@ -94,6 +118,10 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
         ]
         for name in config.adapters
     }
+    for name, control in shuffled_names(config).items():
+        uri, threads, size = folder(config, f"adapters/{name}").uri, config.ray.threads, config.evaluate.batch_size
+        pairs = zip(shared, donors, strict=True)
+        pending[control] = [task.remote(uri, part, threads, size, donor) for part, donor in pairs]
     adapters = {}
     for name, references in pending.items():
         adapters[name] = _joined(ray.get(references))
@@ -103,12 +131,15 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
 
 
 @ray.remote
-def _score_adapter(adapter: str, rows: pa.Table, threads: int, batch_size: int) -> Scored:
+def _score_adapter(
+    adapter: str, rows: pa.Table, threads: int, batch_size: int, donors: pa.Table | None = None
+) -> Scored:
     scorer = Scorer.load(Folder(adapter), threads, batch_size)
     started = time.perf_counter()
-    scores = scorer.score(rows)
+    scores = scorer.score(rows, donors)
     rate = rows.num_rows / (time.perf_counter() - started)
-    mixtures = scorer.mixtures(rows.slice(0, MIXTURE_ROWS)) if scorer.config.lora.gate == "crm" else None
+    shown = donors is None and scorer.config.lora.weighs
+    mixtures = scorer.mixtures(rows.slice(0, MIXTURE_ROWS)) if shown else None
     return Scored(scores, rate, mixtures)
 
 
@@ -136,7 +167,9 @@ def read_vectors(config: Config) -> npt.NDArray[np.float32]:
 
 @torch.inference_mode()
 def _crm(config: Config, rows: pa.Table) -> Scored:
-    model = load_crm(folder(config, "crm"), manifest(config, "crm", CRM))
+    items = manifest(config, "events", EVENTS).select("items/")
+    fields = read_parts(folder(config, "events"), items, ("item", "fields"))
+    model = load_crm(folder(config, "crm"), manifest(config, "crm", CRM), fields)
     started = time.perf_counter()
     parts = [
         crm_probability(model, crm_batch(rows.slice(start, 4096))).numpy() for start in range(0, rows.num_rows, 4096)
@@ -144,12 +177,74 @@ def _crm(config: Config, rows: pa.Table) -> Scored:
     return Scored(np.concatenate(parts), rows.num_rows / (time.perf_counter() - started))
 
 
-def _crm_on_all_rows(config: Config, split: str) -> dict[str, Any]:
-    """The CRM's metrics on the whole split, of which the text rows are a sample."""
+def _crm_on_all_rows(config: Config, split: str, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The CRM's metrics on the whole split, of which the text rows are a sample, and on its slices."""
     shards = manifest(config, "shards", SHARDS)
     rows = read_parts(folder(config, "shards"), shards.select(f"crm/split={split}/"), CRM_COLUMNS)
-    metrics = binary_metrics(_labels(rows), _crm(config, rows).scores, _users(rows), config.evaluate)
-    return {"rows": rows.num_rows, **{key: dataclasses.asdict(value) for key, value in metrics.items()}}
+    scores = _crm(config, rows).scores
+    metrics = binary_metrics(_labels(rows), scores, _users(rows), config.evaluate)
+    parts, _ = _slices(config, rows, {"crm": scores}, training)
+    return {"rows": rows.num_rows, **{key: dataclasses.asdict(value) for key, value in metrics.items()}}, parts
+
+
+def read_training(config: Config) -> Training:
+    """What training knew, from the item table and the users of the CRM's training rows."""
+    events, shards = manifest(config, "events", EVENTS), manifest(config, "shards", SHARDS)
+    items = read_parts(folder(config, "events"), events.select("items/"), ["item", "train_events"])
+    item_events = np.zeros(events.facts["items"] + 1, np.int64)
+    item_events[items["item"].to_numpy()] = items["train_events"].to_numpy()
+    users = np.zeros(events.facts["users"] + 1, np.bool_)
+    for entry in shards.select("crm/split=train/"):
+        # one column of many: only its bytes are fetched, so no digest of the file; whoever trained has checked it
+        with folder(config, "shards").open(entry.path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=["user"]):
+                users[batch["user"].to_numpy()] = True
+    return Training(item_events, users)
+
+
+def _slices(
+    config: Config, rows: pa.Table, scores: Mapping[str, Scores], training: Training
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of every slice, and the differences of compared models that are among ``scores``."""
+    history = matrix(rows, "statistics", np.float32)[:, STATISTICS.index("user_events")]
+    known = Rows(_labels(rows), _users(rows), rows["item"].to_numpy(), history)
+    masks = slices(known, training, config.evaluate)
+    pairs = [pair for pair in config.compare if scores.keys() >= set(pair)]
+    between = slice_differences(known, scores, masks, pairs, config.evaluate)
+    return slice_metrics(known, scores, masks, config.evaluate), list(between)
+
+
+def _rank(config: Config, target: Folder) -> tuple[dict[str, Any], list[FileEntry]]:
+    """Draw lists of candidates, write them, score them with every model; metrics, and the files."""
+    task = _draw.options(num_cpus=config.ray.cpus_per_worker)
+    drawn, rows = ray.get(task.remote(config))
+    scored = _score(config, rows, RANKING)
+    files = [write_part(target, "candidates/", 0, drawn, 100_000)]
+    files += [_write_predictions(target, RANKING, model, rows, s) for model, s in scored.items()]
+    values = {model: ranking_values(s.scores, _labels(rows)) for model, s in scored.items()}
+    models = {
+        model: {metric: as_json(mean_interval(found[metric], config.evaluate)) for metric in RANKING_METRICS}
+        for model, found in values.items()
+    }
+    between = [
+        {"better": better, "than": than, "metric": metric, **dataclasses.asdict(interval)}
+        for better, than in config.compare
+        for metric in RANKING_METRICS
+        for interval in [mean_interval(values[better][metric] - values[than][metric], config.evaluate)]
+    ]
+    users = drawn.num_rows // CANDIDATES
+    return {"users": users, "candidates": CANDIDATES, "models": models, "differences": between}, files
+
+
+@ray.remote
+def _draw(config: Config) -> tuple[pa.Table, pa.Table]:
+    """Candidates of test samples, and their rows; a task, because the whole log lies in its memory."""
+    shards = manifest(config, "shards", SHARDS)
+    columns = [name for name in candidates.names if name != "label"]
+    rows = read_parts(folder(config, "shards"), shards.select("crm/split=test/"), [*columns, "label"])
+    store = FeatureStore.load(folder(config, "events"), folder(config, "vectors"))
+    drawn = draw_candidates(store, rows.filter(pc.field("label") == 1), config.evaluate)
+    return drawn, candidate_rows(store, drawn, config.retrieval)
 
 
 def _metrics(
@@ -201,7 +296,7 @@ def results(config: Config, split: str, rates: Mapping[str, float]) -> tuple[lis
     """What a report shows of a split, read back from ``evaluation/``."""
     source, record = folder(config, "evaluation"), manifest(config, "evaluation", EVALUATION)
     read = {entry.path: entry for entry in record.files}
-    found = json.loads(verified(source, read[RESULTS]))
+    found = _found(config)
     models = []
     for model, metrics in found["splits"][split].items():
         table = read_parts(source, record.select(f"predictions/{split}/{model}/"))
@@ -210,9 +305,48 @@ def results(config: Config, split: str, rates: Mapping[str, float]) -> tuple[lis
         intervals = {key: Interval(**value) for key, value in metrics.items()}
         scores = table["score"].to_numpy()
         models.append(ModelResult(model, intervals, _labels(table), scores, rates.get(model), loaded))
-    differences = [
-        Difference(d["better"], d["than"], d["metric"], Interval(d["mean"], d["low"], d["high"]))
-        for d in found["differences"]
-        if d["split"] == split
+    return models, _read_differences(found["differences"], split=split)
+
+
+def slice_results(config: Config, split: str) -> tuple[list[SliceResult], list[SliceResult]]:
+    """The slices of a split, and those of all its rows, read back from ``evaluation/``."""
+    found = _found(config)
+    text = [
+        _read_slice(name, models, _read_differences(found["slice_differences"], split=split, slice=name))
+        for name, models in found["slices"][split].items()
     ]
-    return models, differences
+    return text, [_read_slice(name, models) for name, models in found["slices_of_all_rows"][split].items()]
+
+
+def ranking_result(config: Config) -> RankingResult | None:
+    """The ranking, read back from ``evaluation/``; None where it was off."""
+    found = _found(config).get(RANKING)
+    if found is None:
+        return None
+    models = {m: {key: from_json(value) for key, value in values.items()} for m, values in found["models"].items()}
+    return RankingResult(found["users"], found["candidates"], models, _read_differences(found["differences"]))
+
+
+def _found(config: Config) -> dict[str, Any]:
+    record = manifest(config, "evaluation", EVALUATION)
+    entry = next(entry for entry in record.files if entry.path == RESULTS)
+    found: dict[str, Any] = json.loads(verified(folder(config, "evaluation"), entry))
+    return found
+
+
+def _read_slice(name: str, models: Mapping[str, Any], differences: Sequence[Difference] = ()) -> SliceResult:
+    defined = {
+        model: {metric: from_json(values[metric]) for metric in METRICS if values[metric]}
+        for model, values in models.items()
+    }
+    counts = next(iter(models.values()))
+    return SliceResult(name, counts["rows"], counts["users"], defined, differences)
+
+
+def _read_differences(found: Sequence[Mapping[str, Any]], **where: str) -> list[Difference]:
+    """The differences whose keys have the values of ``where``."""
+    return [
+        Difference(d["better"], d["than"], d["metric"], from_json(d))
+        for d in found
+        if all(d[key] == value for key, value in where.items())
+    ]

@@ -31,9 +31,9 @@ from ray.serve.schema import LoggingConfig
 from reclora_dist.config.schema import EvaluateConfig, ServeConfig
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import ADAPTER, SHARDS, VECTORS
+from reclora_dist.contract.schema import ADAPTER, SHARDS
 from reclora_dist.contract.storage import Folder
-from reclora_dist.data.features import FeatureStore, HistoryEvent, RequestError
+from reclora_dist.data.features import HistoryEvent, RequestError
 from reclora_dist.ray_app.api import build_api
 from reclora_dist.ray_app.messages import (
     Evaluation,
@@ -63,13 +63,10 @@ class Model:
     """One replica: the adapter, the log's features, and a queue that gathers requests into batches."""
 
     def __init__(self, adapter: str, config: ServeConfig) -> None:
-        from reclora_dist.evaluate.scorer import Scorer, check_reference, referenced
+        from reclora_dist.evaluate.scorer import Scorer, feature_store
 
-        folder = Folder(adapter)
-        self.scorer = Scorer.load(folder, config.threads)
-        vectors = referenced(folder, self.scorer.config, "vectors")
-        check_reference(self.scorer.config, "vectors", read_manifest(vectors, VECTORS))
-        self.store = FeatureStore.load(referenced(folder, self.scorer.config, "events"), vectors)
+        self.scorer = Scorer.load(Folder(adapter), config.threads)
+        self.store = feature_store(adapter, self.scorer.config)
         self.meters = RayMeters()
         self.thread = ThreadPoolExecutor(1)  # always the same one: torch keeps a pool of its own per calling thread
         queue: Any = self.score

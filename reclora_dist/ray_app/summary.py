@@ -9,7 +9,7 @@ from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.report import Report, write_report
-from reclora_dist.ray_app.evaluate import results
+from reclora_dist.ray_app.evaluate import ranking_result, results, slice_results
 
 PLANTED = (
     "The log is synthetic: it plants hidden styles of items that no text names, and tastes for them (partly shared by "
@@ -38,7 +38,9 @@ def write_summary(config: Config, timings: Mapping[str, Any]) -> dict[str, Any]:
     summary["peak_memory_mib"] = timings.get("peak_memory_mib", 0)
     notes = [SAME_ROWS] + ([PLANTED] if config.synthesise else [])
     title = f"{Path(config.paths.run).name}: test split"
-    write_report(home.child("report"), Report(title, models, differences, notes, summary["seconds"]))
+    slices, all_rows = slice_results(config, "test")
+    report = Report(title, models, differences, notes, summary["seconds"], slices, all_rows, ranking_result(config))
+    write_report(home.child("report"), report)
     home.write("summary.json", json.dumps(summary, indent=1).encode())
     _print_table(config, summary, [model.name for model in models])
     return summary

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reclora_dist.config.check import check_config
+from reclora_dist.config.check import check_config, shuffled_names
 from reclora_dist.config.load import ConfigError
 from reclora_dist.config.schema import Config, PathsConfig, StudyConfig
 from reclora_dist.contract.manifest import Manifest, commit, digest, is_current, read_manifest
@@ -15,9 +15,6 @@ from reclora_dist.contract.storage import Folder
 
 ALONE = "all"
 """Name of the point of a study without points and axes."""
-
-SHUFFLED = " (shuffled)"
-"""How the evaluation calls an adapter whose mixtures it has shuffled."""
 
 Compose = Callable[[Sequence[str]], Config]
 """Overrides, as on the command line, to a checked configuration."""
@@ -129,13 +126,13 @@ def runs(config: Config, overrides: Sequence[str], compose: Compose) -> list[Run
 def _check_comparisons(study: StudyConfig, found: Sequence[Run]) -> None:
     models = {name: {"crm", "running_averages"} for name in (run.point.name for run in found)}
     for run in found:
-        models[run.point.name] |= run.config.adapters.keys()
+        models[run.point.name] |= {*run.config.adapters, *shuffled_names(run.config).values()}
     for side in itertools.chain(*study.compare):
         model, _, point = side.partition("@")
         if point and point not in models:
             raise ConfigError(f"study.compare names point {point!r}; there are: {', '.join(models)}")
         known = models[point] if point else set().union(*models.values())
-        if model.removesuffix(SHUFFLED) not in known:
+        if model not in known:
             raise ConfigError(f"study.compare names model {model!r}; there are: {', '.join(sorted(known))}")
 
 

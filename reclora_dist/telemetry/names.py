@@ -40,6 +40,15 @@ TRAIN_VALIDATION_AUC = Metric("reclora_train_validation_auc", "gauge", "AUC of t
 TRAIN_GATE_ENTROPY = Metric(
     "reclora_train_gate_entropy", "gauge", "mean entropy of the gates' mixtures, as a share of log K", ("stage",)
 )
+TRAIN_GATE_WEIGHT = Metric(
+    "reclora_train_gate_weight", "gauge", "mean weight of an expert in the gates' mixtures", ("stage", "expert")
+)
+TRAIN_GATE_LARGEST = Metric(
+    "reclora_train_gate_largest",
+    "gauge",
+    "share of the gates' mixtures in which an expert has the largest weight",
+    ("stage", "expert"),
+)
 
 EVALUATION_METRIC = Metric(
     "reclora_evaluation_metric", "gauge", "value of an evaluation metric", ("model", "split", "metric")
@@ -74,6 +83,8 @@ ALL = (
     TRAIN_STEP_SECONDS,
     TRAIN_VALIDATION_AUC,
     TRAIN_GATE_ENTROPY,
+    TRAIN_GATE_WEIGHT,
+    TRAIN_GATE_LARGEST,
     EVALUATION_METRIC,
     EVALUATION_SAMPLES,
     SERVE_REQUESTS,

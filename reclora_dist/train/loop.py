@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reclora_dist.config.schema import TrainConfig
+from reclora_dist.lora.gate import GateUse
 from reclora_dist.telemetry import names
 from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
 from reclora_dist.train.context import Context
@@ -29,8 +30,8 @@ class Task:
     """(epoch, first step) -> the micro-batches of every step from there on."""
     validate: Callable[[], float]
     """Validation AUC; every rank calls it and gets the same number."""
-    gate_entropy: Callable[[Any], float] | None = None
-    """Mean entropy of the gates on a batch, in nats."""
+    gate_use: Callable[[], GateUse] | None = None
+    """How the gates used the experts in the last micro-batch; None where there is no choice."""
 
 
 @dataclass
@@ -67,7 +68,7 @@ def fit(
         torch.manual_seed(hash((config.seed, step, context.rank)))
         result = task.engine.step(micro_batches, schedule(step, total, config))
         done = step + 1
-        clock.tick(done, result, micro_batches, schedule(step, total, config))
+        clock.tick(done, result, schedule(step, total, config))
         validated = done == total or done % (config.validate_every or task.steps_per_epoch) == 0
         if validated:
             best = _validate(task, context, progress, done, best)
@@ -135,7 +136,7 @@ class _Clock:
         steps = self.last - self.first
         return steps * self.config.batch_size / max(1e-9, time.perf_counter() - self.begun)
 
-    def tick(self, done: int, result: StepResult, micro_batches: MicroBatches, scale: float) -> None:
+    def tick(self, done: int, result: StepResult, scale: float) -> None:
         """Count a step; every ``log_every`` steps print a line and set the gauges."""
         meters, stage = self.context.meters, self.task.name
         meters.add(names.TRAIN_STEPS, stage=stage)
@@ -150,10 +151,17 @@ class _Clock:
         meters.set(names.TRAIN_SAMPLES_PER_SECOND, rate, stage=stage)
         meters.set(names.TRAIN_LEARNING_RATE, scale * self.config.lr, stage=stage)
         meters.set(names.TRAIN_GRADIENT_NORM, result.gradient_norm, stage=stage)
-        if self.task.gate_entropy is not None:
-            meters.set(names.TRAIN_GATE_ENTROPY, self.task.gate_entropy(micro_batches[0]), stage=stage)
+        if self.task.gate_use is not None:
+            self._show(self.task.gate_use())
         left = seconds * (self.total - done)
         self.context.say(
             f"{stage}: step {done}/{self.total} loss {result.loss:.4f} {rate:,.0f} samples/s, {left:.0f} s left"
         )
         self.since, self.last = now, done
+
+    def _show(self, use: GateUse) -> None:
+        meters, stage = self.context.meters, self.task.name
+        meters.set(names.TRAIN_GATE_ENTROPY, use.entropy, stage=stage)
+        for metric, values in ((names.TRAIN_GATE_WEIGHT, use.weight), (names.TRAIN_GATE_LARGEST, use.largest)):
+            for expert, value in enumerate(values):
+                meters.set(metric, value, stage=stage, expert=str(expert))

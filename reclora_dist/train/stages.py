@@ -18,9 +18,8 @@ from reclora_dist.config.targets import Target, adapter_target, backbone_target,
 from reclora_dist.contract.manifest import FileEntry, Manifest, add_file
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import CRM, EVENTS, SHARDS, VECTORS
-from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.build import add_crm, build_crm, load_crm, vocabulary_of
-from reclora_dist.crm.sim import CrmOutput, Sim
+from reclora_dist.crm.batch import CrmBatch, CrmOutput
+from reclora_dist.crm.build import Crm, add_crm, build_crm, load_crm, vocabulary_of
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
 from reclora_dist.data.plan import EpochPlan, SequentialPlan, row_groups
 from reclora_dist.data.readers import read_batches
@@ -28,10 +27,11 @@ from reclora_dist.evaluate.auc import auc_by_group
 from reclora_dist.evaluate.scorer import crm_probability, text_collator
 from reclora_dist.lora.adapter import AdapterConfig, AdapterIdentity, Reference, save_adapter
 from reclora_dist.lora.batch import TextBatch
+from reclora_dist.lora.gate import gate_use, imbalance
 from reclora_dist.lora.model import RecLora, parameter_role
 from reclora_dist.train.checkpoint import CheckpointStore
 from reclora_dist.train.context import Context
-from reclora_dist.train.engine import Engine, TorchEngine, build_optimiser, load_parameters
+from reclora_dist.train.engine import Engine, Loss, TorchEngine, build_optimiser, load_parameters
 from reclora_dist.train.loop import FitResult, Task, fit
 
 
@@ -96,14 +96,13 @@ def train_adapter(config: Config, name: str, context: Context) -> None:
     engine = _engine(config, model, context)
     collate = text_collator(adapter, folder(config, "events"), backbone_path(config))
     data = _Data(config, shards, "text", TEXT_COLUMNS, collate, config.lora_train, context)
-    readable = lora.gate == "crm" and config.engine.zero_stage < 3  # ZeRO-3 gathers the gates only in a full forward
     task = Task(
         name,
         engine,
         data.steps_per_epoch,
         data.batches,
         validate=lambda: data.auc(engine, _text_scores),
-        gate_entropy=(lambda batch: gate_entropy(model, batch)) if readable else None,
+        gate_use=(lambda: gate_use(last_mixture(model))) if lora.weighs else None,
     )
     result = fit(task, config.lora_train, context, store, resume)
     if context.leads:
@@ -113,7 +112,7 @@ def train_adapter(config: Config, name: str, context: Context) -> None:
         store.clear()
 
 
-def build_model(config: Config, lora: LoraConfig, crm: Sim) -> RecLora:
+def build_model(config: Config, lora: LoraConfig, crm: Crm) -> RecLora:
     """An untrained RecLoRA; the same seed gives the same weights on every worker."""
     backbone = load_backbone(config.backbone, backbone_path(config))
     torch.manual_seed(config.lora_train.seed)
@@ -147,14 +146,23 @@ def text_loss(logits: Tensor, batch: TextBatch) -> Tensor:
     return F.cross_entropy(logits, batch.label.long())
 
 
-@torch.no_grad()
-def gate_entropy(model: RecLora, batch: TextBatch) -> float:
-    """Mean entropy of the mixtures as a share of log K: 1 is uniform, 0 is one expert."""
-    mixture = model.mixture(batch)
-    if mixture is None or mixture.shape[-1] == 1:
-        return 0.0
-    entropy = torch.special.entr(mixture).sum(-1).mean() / np.log(mixture.shape[-1])
-    return float(entropy)
+def adapter_loss(model: RecLora) -> Loss:
+    """The answers' cross entropy plus ``balance`` times the imbalance of the experts' use in the forward before.
+
+    The mixture is read from the model, not returned by it: it is in the same graph as the logits, so engines see one
+    forward and one backward, and gradient checkpointing, which runs only the backbone's layers again, leaves it alone.
+    """
+    balance = model.config.balance
+    if not balance:
+        return text_loss
+    return lambda logits, batch: text_loss(logits, batch) + balance * imbalance(last_mixture(model))
+
+
+def last_mixture(model: RecLora) -> Tensor:
+    """Mixtures of the last forward, [matrices, batch, experts]; of a model that has some."""
+    mixture = model.conditioning.mixture
+    assert mixture is not None
+    return mixture
 
 
 def _crm_scores(model: torch.nn.Module, batch: CrmBatch) -> Tensor:
@@ -240,11 +248,12 @@ class _Data:
 def _engine(config: Config, model: RecLora, context: Context) -> Engine:
     optimiser = build_optimiser(model, config.lora_train, parameter_role)
     if config.engine.kind == "torch":
-        return TorchEngine(model, optimiser, text_loss, config.lora_train, context)
+        return TorchEngine(model, optimiser, adapter_loss(model), config.lora_train, context)
     from reclora_dist.train.deepspeed_engine import DeepSpeedEngine
 
     bfloat16 = config.backbone.dtype == "bfloat16"
-    return DeepSpeedEngine(model, optimiser, text_loss, config.lora_train, config.engine, context, bfloat16)
+    loss = adapter_loss(model)
+    return DeepSpeedEngine(model, optimiser, loss, config.lora_train, config.engine, context, bfloat16)
 
 
 def _store(config: Config, stage: str, target: Target) -> CheckpointStore:

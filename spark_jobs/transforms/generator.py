@@ -60,7 +60,7 @@ _SYLLABLES = ("ka", "lo", "mi", "ren", "tu", "vas", "del", "or", "shi", "pen", "
 
 Log = dict[str, NDArray[Any]]
 """Events by column: user, item (int64, from 0), time (int64, seconds, rising within a user), rating (1 to 5), logit of
-liking.
+liking, and ``truth``, the logit without its noise: nobody can predict better.
 """
 
 
@@ -160,17 +160,19 @@ def users_table(config: SynthesiseConfig, start: int, stop: int) -> pa.Table:
     )
 
 
-def events_table(log: Log) -> pa.Table:
-    """Events as they are published (user_id, item_id, rating, timestamp), and the ``day`` of each since the epoch."""
-    return pa.table(
-        {
-            "user_id": _ids("u", log["user"], 7),
-            "item_id": item_ids(log["item"]),
-            "rating": log["rating"].astype(np.float32),
-            "timestamp": log["time"],
-            "day": (log["time"] // plan.DAY).astype(np.int32),
-        }
-    )
+def events_table(log: Log, truth: bool = False) -> pa.Table:
+    """Events as they are published (user_id, item_id, rating, timestamp, with ``truth`` the probability of liking), and
+    the ``day`` of each since the epoch.
+    """
+    columns = {
+        "user_id": _ids("u", log["user"], 7),
+        "item_id": item_ids(log["item"]),
+        "rating": log["rating"].astype(np.float32),
+        "timestamp": log["time"],
+        **({"probability": 1 / (1 + np.exp(-log["truth"]))} if truth else {}),
+        "day": (log["time"] // plan.DAY).astype(np.int32),
+    }
+    return pa.table(columns)
 
 
 def events(log: Plan, items: World, piece: int) -> Log:
@@ -202,8 +204,8 @@ def _heavy_events(config: SynthesiseConfig, items: World, number: int, start: in
 
 
 def _tastes(rng: np.random.Generator, config: SynthesiseConfig, users: int) -> Tastes:
-    styles = _contrast(rng, users, config.styles) + MAINSTREAM * np.linspace(1, -1, config.styles)
-    return Tastes(styles, _contrast(rng, users, config.topics))
+    styles, topics = (config.personal * _contrast(rng, users, count) for count in (config.styles, config.topics))
+    return Tastes(styles + MAINSTREAM * np.linspace(1, -1, config.styles), topics)
 
 
 def _contrast(rng: np.random.Generator, users: int, count: int) -> NDArray[np.float64]:
@@ -284,17 +286,17 @@ def _rated(
 ) -> Log:
     """Rate items at seconds since the first moment."""
     moved = config.drift * time / (config.days * plan.DAY)
-    logit = (
+    truth = (
         _BIAS
         + STYLE_STRENGTH * _liking(tastes.styles, row, items.style[item], moved)
         + TOPIC_STRENGTH * _liking(tastes.topics, row, items.topic[item], moved)
         + QUALITY_STRENGTH * items.quality[item]
-        + config.noise * rng.normal(size=len(row))
     )
+    logit = truth + config.noise * rng.normal(size=len(row))
     liked = rng.random(len(row)) < 1 / (1 + np.exp(-logit))
     warmth = logit + rng.normal(size=len(row))
     rating = np.where(liked, 4 + (warmth > 1.5), np.clip(np.rint(2 + 0.5 * warmth), 1, 3))
-    return {"item": item, "time": START + time, "rating": rating, "logit": logit}
+    return {"item": item, "time": START + time, "rating": rating, "logit": logit, "truth": truth}
 
 
 def _liking(

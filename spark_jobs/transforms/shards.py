@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from reclora_dist.config.schema import ShardsConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import FileEntry
-from reclora_dist.contract.parts import open_part, write_part
+from reclora_dist.contract.parts import read_part, write_part
 from reclora_dist.contract.storage import Folder
 from spark_jobs.days import MS_PER_DAY
 from spark_jobs.parts import entry_batch
@@ -107,7 +107,7 @@ def keys_below(
 
     The keys themselves come along where a number of samples was asked for, and the largest is yet to be found.
     """
-    table = open_part(folder, entries[part]).read(columns=["sample_id", "time", "split"])
+    table = read_part(folder, entries[part], ["sample_id", "time", "split"])
     key = text_key(table["sample_id"].to_numpy(), config.seed)
     for split, day, rows in _groups(table, by_days):
         found = key[rows][_within(key[rows], limits[split])]
@@ -135,7 +135,7 @@ def blocks(
     histories: Folder, entries: Sequence[FileEntry], profiles: Profiles, layout: Layout, shape: Shape, part: int
 ) -> Iterator[pa.RecordBatch]:
     """One part of the histories as blocks of the schema BLOCK."""
-    table = open_part(histories, entries[part]).read()
+    table = read_part(histories, entries[part])
     table = table.append_column("user_fields", profiles.of(table["user"].to_numpy()))
     ids = table["sample_id"].to_numpy()
     share = place(ids, layout.seed).astype(np.float64) / 2.0**64
@@ -182,7 +182,7 @@ def without(
 ) -> Iterator[pa.RecordBatch]:
     """A file of shards as it was if it holds none of ``users``, else written again without their rows."""
     found = [entries[index]]
-    table = open_part(folder, entries[index]).read()
+    table = read_part(folder, entries[index])
     keep = ~np.isin(table["user"].to_numpy(), users)
     if not keep.all():
         place, name = entries[index].path.rsplit("/", 1)

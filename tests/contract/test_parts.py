@@ -4,7 +4,7 @@ import pytest
 
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import ContractError
-from reclora_dist.contract.parts import open_part, read_parts, write_part
+from reclora_dist.contract.parts import open_part, read_part, read_parts, write_arrow_part, write_part
 from reclora_dist.contract.storage import Folder
 
 
@@ -55,6 +55,23 @@ def test_a_flipped_byte_in_a_shard_is_refused_before_it_is_parsed(folder):
     folder.write(entry.path, bytes(content))
     with pytest.raises(ContractError, match="Rebuild the dataset or restore the file"):
         read_parts(folder, [entry])
+
+
+def test_an_arrow_part_gives_back_its_rows_and_columns(folder):
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(range(100), pa.int32()), 2)
+    whole = pa.table({"user": pa.array(range(50), pa.int32()), "long_items": lists, "split": pa.array(["train"] * 50)})
+    entry = write_arrow_part(folder, "histories/", 0, whole, 20)
+    assert entry.row_groups == (20, 20, 10)
+    assert read_part(folder, entry).equals(whole)
+    assert read_part(folder, entry, ["split", "user"]).equals(whole.select(["split", "user"]))
+    assert write_arrow_part(folder, "histories/", 0, pa.concat_tables([whole.slice(0, 7), whole.slice(7)]), 20) == entry
+
+
+def test_a_damaged_arrow_part_is_refused(folder):
+    entry = write_arrow_part(folder, "", 0, table(0, 1000), 100)
+    folder.write(entry.path, folder.read(entry.path)[:-1])
+    with pytest.raises(ContractError, match="Rebuild the dataset or restore the file"):
+        read_part(folder, entry)
 
 
 def test_no_part_is_named(folder):

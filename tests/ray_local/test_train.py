@@ -30,14 +30,17 @@ from reclora_dist.contract import schema
 from reclora_dist.contract.arrays import read_array
 from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest
 from reclora_dist.contract.parts import read_parts, write_part
-from reclora_dist.contract.schema import ADAPTER, CRM, EVENTS, VECTORS
+from reclora_dist.contract.schema import ADAPTER, CRM, EVALUATION, EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.ray_app import service
 from reclora_dist.ray_app.embed import embed_items
+from reclora_dist.ray_app.evaluate import evaluate_run, ranking_result, results, slice_results
 from reclora_dist.ray_app.session import Cluster, connect
+from reclora_dist.ray_app.summary import write_summary
 from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.retrieval import check_grid
 from reclora_dist.telemetry import names
+from reclora_dist.telemetry.meters import NullMeters
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(workers=2, object_store_mib=100)
@@ -233,6 +236,50 @@ def with_items(run: Path, texts: dict[int, str], trained: set[int], ancestors: l
     files = (entry, *(e for e in made.files if not e.path.startswith("items/")))
     facts = {**made.facts, "items": len(rows), "ancestors": ancestors}
     return commit(folder, dataclasses.replace(made, files=files, facts=facts))
+
+
+def test_an_evaluation_has_slices_and_the_ranking_whatever_the_workers(cluster: Cluster, trained: Path) -> None:
+    found = []
+    for workers in (2, 1):
+        settings = dataclasses.replace(
+            config(trained, **LONG),
+            adapters={"reclora": small_config(trained).adapters["reclora"]},
+            ray=dataclasses.replace(RAY, workers=workers),
+            evaluate=EvaluateConfig(bootstrap=20, ranking_users=10),
+            compare=(("reclora", "crm"),),
+        )
+        evaluate_run(settings, NullMeters())
+        found.append(read_manifest(Folder(str(trained / "evaluation")), EVALUATION))
+    drawn = [entry.sha256 for record in found for entry in record.select("candidates/")]
+    assert drawn[0] == drawn[1]
+
+    slices, all_rows = slice_results(settings, "test")
+    assert [s.name for s in slices] == [s.name for s in all_rows]
+    by_name = {s.name: s for s in slices}
+    whole = by_name["rare_items"]
+    assert by_name["known_users"].rows == whole.rows > 100, "all items have one training event, all users samples"
+    assert set(whole.models) == {"running_averages", "crm", "reclora"}
+    assert set(whole.models["reclora"]) == {"auc", "gauc", "logloss", "acc", "ece"}
+    models, differences = results(settings, "test", {})
+    assert models[2].metrics == whole.models["reclora"]
+    assert whole.differences == differences
+    assert (by_name["new_users"].rows, by_name["new_users"].models["crm"]) == (0, {})
+
+    ranking = ranking_result(settings)
+    assert ranking is not None
+    assert (ranking.users, ranking.candidates) == (10, 20)
+    assert set(ranking.models) == {"running_averages", "crm", "reclora"}
+    rank = ranking.models["crm"]
+    assert 0 <= rank["hit_ratio_at_1"].mean <= rank["ndcg_at_5"].mean <= 1
+    assert [d.metric for d in ranking.differences] == ["hit_ratio_at_1", "ndcg_at_5", "mrr"]
+    folder = Folder(str(trained / "evaluation"))
+    write_summary(settings, {})
+    report = (trained / "report" / "report.md").read_text()
+    assert "## Slices of all rows" in report
+    assert "## Next liked item among 20 (10 users)" in report
+    lists = read_parts(folder, found[-1].select("candidates/"))
+    scores = read_parts(folder, found[-1].select("predictions/ranking/crm/"))
+    assert lists.select(["sample_id", "user", "label"]).equals(scores.select(["sample_id", "user", "label"]))
 
 
 def vectors_of(run: Path) -> np.ndarray:

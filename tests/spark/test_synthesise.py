@@ -41,6 +41,24 @@ def test_the_log_is_complete_and_clean() -> None:
         assert times.min() < 0.5 * SMALL.days * 86_400 < times.max(), "active over the whole period"
 
 
+def test_the_published_probability_is_the_best_prediction_and_hides_the_noise() -> None:
+    config = dataclasses.replace(SMALL, users=4000, items=400, noise=0.0)
+    log = log_of(config)
+    probability = generator.events_table(log, truth=True)["probability"].to_numpy()
+    assert "probability" not in generator.events_table(log).column_names
+    for low in np.arange(0, 1, 0.2):  # calibrated in every fifth
+        there = (probability >= low) & (probability < low + 0.2)
+        liked = (log["rating"] >= 4)[there]
+        assert liked.mean() == pytest.approx(probability[there].mean(), abs=4 * 0.5 / len(liked) ** 0.5)
+    assert (log_of(dataclasses.replace(config, noise=1.0))["truth"] == log["truth"]).all()
+
+
+def test_without_personal_tastes_all_users_like_the_same() -> None:
+    log = log_of(dataclasses.replace(SMALL, personal=0.0))
+    for item in range(SMALL.items):
+        assert np.ptp(log["truth"][log["item"] == item]) == pytest.approx(0, abs=1e-12)
+
+
 def test_activity_and_popularity_have_long_tails() -> None:
     config = SynthesiseConfig()
     log = log_of(config)

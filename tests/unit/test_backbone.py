@@ -1,4 +1,4 @@
-"""The tiny backbone and its pretraining, what loading refuses, and item vectors: pooling and PCA."""
+"""The tiny backbone and its pretraining, all families of models, what loading refuses, item vectors: pooling, PCA."""
 
 import dataclasses
 from pathlib import Path
@@ -9,11 +9,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from reclora_dist.backbone.embed import Projection, TextEncoder
-from reclora_dist.backbone.load import answer_ids, load_backbone, load_tokenizer, mean_pool
+from reclora_dist.backbone.load import Backbone, answer_ids, load_backbone, load_tokenizer, mean_pool
 from reclora_dist.backbone.tiny import pretrain, train_tokenizer
-from reclora_dist.config.schema import BackboneConfig, TinyConfig
+from reclora_dist.config.schema import BackboneConfig, LoraConfig, TinyConfig
+from reclora_dist.lora.inject import Conditioning, inject
 from reclora_dist.retrieval import check_grid
 
 TEXTS = [f"{color} record number {n}. Answer Yes or No: Yes" for n in range(30) for color in ("red", "blue")]
@@ -91,6 +105,131 @@ def test_answers_of_a_sentencepiece_llama_are_their_first_letters_not_the_space(
 def test_a_missing_folder_is_named(load: Any, path: str) -> None:
     with pytest.raises(ValueError, match=f"backbone.path '{path}' is not a model folder: no config.json there"):
         load(path)
+
+
+SMALL = {
+    "vocab_size": 397,  # no other size of these models
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
+CAUSAL = {
+    "llama": (LlamaConfig(**SMALL), {"q_proj", "v_proj"}),
+    "llama_tied": (LlamaConfig(**SMALL, **GROUPED, tie_word_embeddings=True), {"q_proj", "v_proj"}),
+    "mistral": (MistralConfig(**SMALL, **GROUPED, sliding_window=4), {"q_proj", "v_proj"}),
+    "qwen2": (Qwen2Config(**SMALL, num_key_value_heads=1), {"q_proj", "v_proj"}),
+    "qwen3": (Qwen3Config(**SMALL, **GROUPED), {"q_proj", "v_proj"}),
+    "gpt_neox": (GPTNeoXConfig(**SMALL), {"query_key_value"}),
+}
+MODERN = {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8}
+ENCODERS = {
+    "bert": (BertConfig(**SMALL), {"query", "value"}),
+    "modernbert": (ModernBertConfig(**SMALL, **MODERN), {"Wqkv"}),
+}
+
+
+def prompts() -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and last places of rows of 6, 2 and 4 tokens, padded."""
+    last = torch.tensor([5, 1, 3])
+    mask = (torch.arange(6) <= last[:, None]).long()
+    return torch.randint(3, 300, (3, 6), generator=torch.Generator().manual_seed(0)) * mask, mask, last
+
+
+class Sizes(TorchDispatchMode):
+    """The last dimension of all that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dim() and not func.is_view:
+            self.found.add(made.shape[-1])
+        return made
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_causal_family_scores_as_its_full_head_without_computing_it(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config, names = CAUSAL[family]
+    full = AutoModelForCausalLM.from_config(config).eval()
+    full.save_pretrained(tmp_path)
+    tokenizer = train_tokenizer(TEXTS, 320)
+    tokenizer.save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneConfig(kind="causal"), str(tmp_path)).eval()
+    ids, mask, last = prompts()
+    with Sizes() as sizes:
+        logits = backbone(ids, mask, last)
+    assert SMALL["vocab_size"] not in sizes.found
+    everything = full(input_ids=ids, attention_mask=mask).logits[torch.arange(3), last]
+    torch.testing.assert_close(logits, everything[:, answer_ids(tokenizer, ("No", "Yes"))])
+    assert_default_targets_learn(backbone, names)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_family_scores_by_the_mean_of_its_states(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config, names = ENCODERS[family]
+    full = AutoModel.from_config(config).eval()
+    full.save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneConfig(kind="encoder"), str(tmp_path)).eval()
+    ids, mask, last = prompts()
+    hidden = full(input_ids=ids, attention_mask=mask).last_hidden_state
+    means = torch.stack([row[: n + 1].mean(0) for row, n in zip(hidden, last, strict=True)])
+    assert backbone.head is not None
+    torch.testing.assert_close(backbone(ids, mask, last), backbone.head(means))
+    assert not any("pooler" in name for name, _ in backbone.named_modules())
+    assert_default_targets_learn(backbone, names)
+
+
+def assert_default_targets_learn(backbone: Backbone, names: set[str]) -> None:
+    """Without targets named, the family's own are found in both layers; the scores stay and the banks learn."""
+    ids, mask, last = prompts()
+    before = backbone(ids, mask, last)
+    conditioning = Conditioning()
+    banks = inject(backbone.model, (), LoraConfig(experts=3, rank=2), conditioning)
+    assert {name.rpartition(".")[2] for name in banks} == names
+    assert len(banks) == 2 * len(names)
+    conditioning.mixture = torch.rand(len(banks), 3, 3)
+    logits = backbone(ids, mask, last)
+    torch.testing.assert_close(logits, before)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1])).backward()
+    assert all(bank.B.grad is not None and bank.B.grad.any() for bank in banks.values())
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "bert", "modernbert"])
+def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(family: str, tmp_path: Path) -> None:
+    config, _ = {**CAUSAL, **ENCODERS}[family]
+    kind = "causal" if family in CAUSAL else "encoder"
+    torch.manual_seed(0)
+    (AutoModelForCausalLM if kind == "causal" else AutoModel).from_config(config).save_pretrained(tmp_path)
+    train_tokenizer(TEXTS, 320).save_pretrained(tmp_path)
+
+    def gradients(checkpointing: bool) -> tuple[int, list[Tensor]]:
+        settings = BackboneConfig(kind=kind, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+        backbone, conditioning = load_backbone(settings, str(tmp_path)).train(), Conditioning()
+        banks = inject(backbone.model, (), LoraConfig(experts=3, rank=2, dropout=0.1), conditioning)
+        calls: list[int] = []
+        for bank in banks.values():
+            torch.nn.init.normal_(bank.B)
+            bank.register_forward_hook(lambda *_: calls.append(1))
+        conditioning.mixture = mixture = torch.rand(len(banks), 3, 3).requires_grad_()
+        backbone(*prompts()).square().sum().backward()
+        leaves = [mixture, *(p for bank in banks.values() for p in bank.parameters())]
+        return len(calls) // len(banks), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    (once, plain), (twice, checkpointed) = gradients(False), gradients(True)
+    assert (once, twice) == (1, 2)
+    assert len(plain) == len(checkpointed) > 4
+    for one, other in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_mean_pooling_ignores_padding() -> None:

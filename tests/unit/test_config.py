@@ -1,6 +1,7 @@
 """The command line's configuration: everything shipped composes, what is wrong is named with its remedy."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from reclora_dist.cli import train
 from reclora_dist.cli.compose import CONFIGS, lenient, load
-from reclora_dist.config.check import check_config
+from reclora_dist.config.check import check_config, shuffled_names
 from reclora_dist.config.load import ConfigError
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TinyConfig
 from reclora_dist.ray_app.pipeline import plan
@@ -19,7 +20,7 @@ OPTIONS = sorted(
 
 
 def test_the_groups_are_there() -> None:
-    assert {option.partition("=")[0] for option in OPTIONS} >= {"adapters", "backbone", "data", "engine"}
+    assert {option.partition("=")[0] for option in OPTIONS} >= {"adapters", "backbone", "crm", "data", "engine"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -36,8 +37,10 @@ def test_every_shipped_option_composes(option: str) -> None:
     if group == "backbone":
         assert config.backbone.kind == name
         assert ("backbone" in {stage.name for stage in plan(config)}) == (name == "tiny")
-    if group == "adapters":
+    if group in ("adapters", "crm"):
         check_config(config)
+    if group == "crm":
+        assert config.crm.kind == name
 
 
 def with_path(config: Config) -> Config:
@@ -127,6 +130,22 @@ def test_every_problem_is_a_line() -> None:
         ),
         (["data=movielens_1m"], "events.source.path is empty; give the folder of the raw log"),
         (["retrieval.short=99"], "retrieval.short 99 is above retrieval.long 60"),
+        (
+            ["compare=[[reclora,'reclora (shuffled)']]"],
+            "compare names 'reclora (shuffled)'; there are: crm, lora, reclora, running_averages, uniform",
+        ),
+        (
+            ["adapters.reclora.gate=user"],
+            "adapters.reclora.gate 'user' must not know the target item, but retrieval.strategy 'semantic' chooses "
+            "histories by it; take strategy 'recent', or gate 'crm'",
+        ),
+        (["adapters.lora.experts=2"], "adapters.lora: gate 'none' needs experts = 1, not 2; or take gate 'uniform'"),
+        (["crm.kind=din"], "crm.kind 'din' reads the newest events, retrieval.strategy is 'semantic': take crm=din"),
+        (["crm=sasrec", "crm.heads=3"], "crm.embedding 16 is not a multiple of crm.heads 3"),
+        (["evaluate.history_bands=[10,10]"], "evaluate.history_bands [10, 10] must ascend from above 0"),
+        (["evaluate.history_bands=[0]"], "evaluate.history_bands [0] must ascend from above 0"),
+        (["evaluate.rare=0"], "evaluate.rare 0 is below 1"),
+        (["evaluate.ranking_users=-1"], "evaluate.ranking_users -1 is below 0; 0 turns the ranking off"),
         (["crm_train.batch_size=7"], "crm_train.batch_size 7 is not a multiple of 2"),
         (["lora_train.batch_size=64", "lora_train.micro_batch=24"], "lora_train.batch_size 64 is not a multiple of 48"),
         (
@@ -139,6 +158,43 @@ def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[st
     with pytest.raises(ValueError) as error:
         check_config(load(settings))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"experts": 0}, "experts 0 must be at least 1"),
+        ({"rank": 0}, "rank 0 must be at least 1"),
+        ({"temperature": 0.0}, "gate temperature 0.0 must be above 0"),
+        ({"temperature": -1.0}, "gate temperature -1.0 must be above 0"),
+        ({"gate_dropout": 1.0}, "gate_dropout 1.0 must be at least 0 and below 1"),
+        ({"state_noise": -0.1}, "state_noise -0.1 must be at least 0"),
+        ({"top_k": 17}, "top_k 17 must be 0 (all) or up to experts = 16"),
+        ({"gate": "uniform", "top_k": 2}, "top_k 2 means nothing to gate 'uniform'; leave it out"),
+        ({"gate": "uniform", "shared_gate": True}, "shared_gate True means nothing to gate 'uniform'; leave it out"),
+        ({"mode": "outputs", "rank": 6, "experts": 4}, "rank 6 cannot be split over 4 experts; take a multiple of 4"),
+        ({"mode": "matrix"}, "mode 'matrix' has one pair, not experts = 16; set experts = 1"),
+        (
+            {"mode": "matrix", "experts": 1, "gate": "id"},
+            "mode 'matrix' needs a gate that makes matrices, not 'id'; take 'crm' or 'user'",
+        ),
+        ({"mode": "matrix", "experts": 1, "top_k": 1}, "mode 'matrix' has no weights for top_k 1 to choose from"),
+        ({"mode": "matrix", "experts": 1, "balance": 0.1}, "balance 0.1 has no trained weights of several experts"),
+        ({"gate": "random", "balance": 0.1}, "balance 0.1 has no trained weights of several experts to even out"),
+        ({"gate": "id", "state_dropout": 0.1}, "state_dropout 0.1 needs a gate that reads a state, not 'id'; set 0"),
+    ],
+)
+def test_an_adapter_that_cannot_work_is_refused(settings: dict[str, object], words: str) -> None:
+    lora = dataclasses.replace(LoraConfig(), **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=re.escape(f"adapters.x: {words}")):
+        check_config(dataclasses.replace(load(), adapters={"x": lora}, compare=()))
+
+
+def test_a_shuffled_control_can_be_compared_if_there_is_one() -> None:
+    asked = ["evaluate.shuffled=true", "compare=[[reclora,'reclora (shuffled)']]"]
+    check_config(load(asked))
+    assert shuffled_names(load(asked)) == {"reclora": "reclora (shuffled)"}, "lora and uniform have nothing to shuffle"
+    assert not shuffled_names(load())
 
 
 @pytest.mark.parametrize(

@@ -1,62 +1,22 @@
-"""SIM: two ways to the history vectors, padding, DIN's attention as it is worded, statistics, save and load."""
+"""SIM: two ways to the history vectors, DIN's attention as it is worded, statistics, switches."""
 
 import dataclasses
-from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
+from crm_data import CONFIG, batch, model, part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reclora_dist.config.schema import CrmConfig
-from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest
-from reclora_dist.contract.schema import CRM
-from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.build import add_crm, build_crm, load_crm, vocabulary_of
-from reclora_dist.crm.layers import Fields, TargetAttention
-from reclora_dist.crm.sim import Sim, Vocabulary, item_fields_tensor, statistics_features
-
-CONFIG = CrmConfig(embedding=4, attention=(6, 5), dnn=(8, 7), user_id=True)
-WORDS = Vocabulary(items=12, users=6, levels=5, user_fields=(2, 3), item_fields=(3, 4))
-
-
-def model(config: CrmConfig = CONFIG) -> Sim:
-    torch.manual_seed(0)
-    fields = torch.stack([torch.randint(0, 4, (13,)), torch.randint(0, 5, (13,))], 1)
-    fields[0] = 0
-    found = Sim(config, WORDS, fields)
-    for parameter in found.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return found.eval()
-
-
-def batch(size: int, steps: int = 6, seed: int = 1) -> CrmBatch:
-    torch.manual_seed(seed)
-    length = torch.randint(0, steps + 1, (size,))
-    real = torch.arange(steps) < length[:, None]
-    return CrmBatch(
-        sample_id=torch.arange(size),
-        item=torch.randint(1, 13, (size,)),
-        user=torch.randint(0, 7, (size,)),
-        label=torch.randint(0, 2, (size,)).float(),
-        user_fields=torch.stack([torch.randint(0, 3, (size,)), torch.randint(0, 4, (size,))], 1),
-        statistics=torch.tensor([9, 3, 7, 2]) * torch.randint(0, 9, (size, 1)).float(),  # likes are events too
-        items=torch.randint(1, 13, (size, steps)) * real,
-        levels=torch.randint(1, 6, (size, steps)) * real,
-        length=length,
-    )
-
-
-def part(rows: CrmBatch, index: slice) -> CrmBatch:
-    return CrmBatch(**{name: value[index] for name, value in vars(rows).items()})
+from reclora_dist.crm.inputs import Fields, item_fields_tensor, statistics_features
+from reclora_dist.crm.layers import TargetAttention
 
 
 def test_history_through_the_item_table_equals_the_direct_one() -> None:
     sim, rows = model(), batch(40)
-    assert rows.items.numel() > len(sim.item_fields) > part(rows, slice(0, 1)).items.numel()
+    assert rows.items.numel() > len(sim.inputs.item_fields) > part(rows, slice(0, 1)).items.numel()
     together = sim(rows)
     alone = [sim(part(rows, slice(i, i + 1))) for i in range(len(rows))]
     torch.testing.assert_close(torch.cat([one.state for one in alone]), together.state)
@@ -75,20 +35,6 @@ def test_both_ways_have_the_same_gradients() -> None:
     assert table.keys() == direct.keys()
     for name, value in table.items():
         torch.testing.assert_close(value, direct[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("size", [1, 40])
-def test_what_stands_in_the_padding_does_not_matter(size: int) -> None:
-    sim, rows = model(), batch(size)
-    pad = torch.arange(6) >= rows.length[:, None]
-    other = dataclasses.replace(rows, items=torch.where(pad, 7, rows.items), levels=torch.where(pad, 3, rows.levels))
-    torch.testing.assert_close(sim(other).logit, sim(rows).logit)
-    wider = dataclasses.replace(
-        rows,
-        items=torch.nn.functional.pad(rows.items, (0, 5)),
-        levels=torch.nn.functional.pad(rows.levels, (0, 5)),
-    )
-    torch.testing.assert_close(sim(wider).logit, sim(rows).logit)
 
 
 def test_an_empty_history_is_a_zero_interest_and_a_changed_one_changes_the_score() -> None:
@@ -148,30 +94,3 @@ def test_switches_take_an_input_away(setting: str) -> None:
 def test_the_item_table_is_by_position_with_a_padding_row() -> None:
     table = item_fields_tensor([[5, 1], [6, 2]], [3, 1])
     assert table.tolist() == [[0, 0], [6, 2], [0, 0], [5, 1]]
-
-
-def test_what_is_saved_is_loaded_and_damage_is_refused(tmp_path: Path) -> None:
-    facts = {
-        "items": 12,
-        "users": 6,
-        "rating_levels": [1, 2, 3, 4, 5],
-        "user_fields": {"a": ["x", "y"], "b": ["x", "y", "z"]},
-        "item_fields": {"c": ["x", "y", "z"]},
-    }
-    items = pa.table({"item": list(range(1, 13)), "fields": [[i % 4] for i in range(12)]})
-    sim = build_crm(CONFIG, facts, items).eval()
-    folder, vocabulary = Folder(str(tmp_path)), vocabulary_of(facts)
-    files = add_crm(folder, sim, vocabulary)
-    commit(folder, Manifest(CRM.name, CRM.version, "", {}, tuple(files)))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-    loaded = load_crm(folder, read_manifest(folder, CRM))
-    assert not loaded.training
-    assert loaded.config == CONFIG
-    rows = batch(20)
-    assert torch.equal(loaded(rows).state, sim(rows).state)
-    weights = tmp_path / "crm.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-3] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(ContractError, match=r"'crm\.safetensors' has SHA-256"):
-        load_crm(folder, read_manifest(folder, CRM))

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.batch import CrmBatch
 from reclora_dist.crm.build import load_crm
 from reclora_dist.data.collate import crm_batch
+from reclora_dist.lora.gate import GateUse
 from reclora_dist.lora.model import parameter_role
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
@@ -157,7 +158,12 @@ class Counted:
 
 
 def counted(
-    folder: Path, aucs: list[float], train: TrainConfig, context: Context | None = None, resume: bool = False
+    folder: Path,
+    aucs: list[float],
+    train: TrainConfig,
+    context: Context | None = None,
+    resume: bool = False,
+    gate_use: Callable[[], GateUse] | None = None,
 ) -> tuple[Counted, FitResult]:
     """Fit a ``Counted`` engine for epochs of 5 steps; validation gives ``aucs`` one after the other."""
     engine, results = Counted(), iter(aucs)
@@ -166,7 +172,7 @@ def counted(
     def batches(epoch: int, start: int) -> Iterator[list[int]]:
         return iter([[epoch * 5 + step] for step in range(start, 5)])
 
-    task = Task("counted", engine, 5, batches, lambda: next(results))
+    task = Task("counted", engine, 5, batches, lambda: next(results), gate_use)
     return engine, fit(task, train, context or Context(), store, store.latest() if resume else None)
 
 
@@ -211,8 +217,8 @@ class Heard(NullMeters):
         self.heard: dict[str, list[float]] = {}
 
     def _hear(self, metric: Metric, value: float = 1.0, /, **labels: str) -> None:
-        assert labels == {"stage": "counted"}
-        self.heard.setdefault(metric.name, []).append(value)
+        assert labels.pop("stage") == "counted"
+        self.heard.setdefault(" ".join([metric.name, *labels.values()]), []).append(value)
 
     add = set = observe = _hear
 
@@ -226,6 +232,20 @@ def test_metrics_and_reports(tmp_path: Path) -> None:
     assert meters.heard[names.TRAIN_VALIDATION_AUC.name] == [0.5, 0.6]
     assert len(meters.heard[names.TRAIN_LOSS.name]) == 3, "steps 4, 8 and the last"
     assert [report["step"] for report in reports] == [5, 10]
+
+
+def test_the_use_of_every_expert_is_a_metric(tmp_path: Path) -> None:
+    meters, use = Heard(), GateUse(0.5, [0.7, 0.3], [0.9, 0.1])
+    train = TrainConfig(epochs=1, log_every=4)
+    counted(tmp_path, [0.5], train, Context(meters=meters), gate_use=lambda: use)
+    found = {name: values for name, values in meters.heard.items() if "gate" in name}
+    assert found == {
+        "reclora_train_gate_entropy": [0.5] * 2,
+        "reclora_train_gate_weight 0": [0.7] * 2,
+        "reclora_train_gate_weight 1": [0.3] * 2,
+        "reclora_train_gate_largest 0": [0.9] * 2,
+        "reclora_train_gate_largest 1": [0.1] * 2,
+    }
 
 
 def test_learning_rate_rises_then_falls_in_a_line() -> None:

@@ -1,10 +1,12 @@
 """RecLora as a whole: the CRM stays as it is, the mixture is its, and the score is the full model's."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -12,11 +14,25 @@ from reclora_dist.backbone.load import Backbone, load_backbone, load_tokenizer
 from reclora_dist.backbone.tiny import build, train_tokenizer
 from reclora_dist.config.schema import BackboneConfig, CrmConfig, LoraConfig, TinyConfig
 from reclora_dist.crm.batch import CrmBatch
-from reclora_dist.crm.sim import Sim, Vocabulary
+from reclora_dist.crm.inputs import Vocabulary
+from reclora_dist.crm.sim import Sim
+from reclora_dist.lora.adapter import load_trained
 from reclora_dist.lora.batch import TextBatch
+from reclora_dist.lora.gate import GateStack, imbalance
 from reclora_dist.lora.model import RecLora, parameter_role
+from reclora_dist.train.stages import adapter_loss, text_loss
 
 WORDS = BackboneConfig()
+KINDS = {
+    "crm": LoraConfig(experts=3, rank=2, gate_hidden=5, temperature=1.0),
+    "user": LoraConfig(experts=3, rank=2, gate="user", state_dropout=0.1, state_noise=0.1),
+    "id": LoraConfig(experts=3, rank=2, gate="id", head="offset"),
+    "random": LoraConfig(experts=3, rank=2, gate="random", head="fusion"),
+    "shared top 2": LoraConfig(experts=4, rank=4, mode="outputs", shared_gate=True, top_k=2, balance=0.1),
+    "uniform": LoraConfig(experts=3, rank=2, gate="uniform", head="fusion"),
+    "lora": LoraConfig(experts=1, rank=2, gate="none", head="offset"),
+}
+HEADS: tuple[Literal["offset"], Literal["answers"]] = ("offset", "answers")
 LORA = LoraConfig(experts=3, rank=2, gate_hidden=5, temperature=1.0)
 
 
@@ -91,7 +107,7 @@ def test_the_mixture_follows_the_crms_state() -> None:
     mixture = personal.mixture(batch)
     assert mixture is not None
     assert mixture.shape == (4, 4, 3)
-    assert personal.gates is not None
+    assert isinstance(personal.gates, GateStack)
     torch.testing.assert_close(mixture, personal.gates(personal.crm(batch.crm).state))
     assert not torch.allclose(mixture[:, 0], mixture[:, 1]), "samples differ"
     assert not torch.allclose(mixture[0], mixture[1]), "matrices differ"
@@ -209,3 +225,142 @@ def test_an_encoder_has_a_trained_head(real_model: Any) -> None:
     assert {"backbone.head.weight", "backbone.head.bias"} <= reached
     assert parameter_role("backbone.head.weight") == "other"
     assert len(personal.banks) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_all_that_is_trained_and_never_the_crm(kind: str) -> None:
+    lora = KINDS[kind]
+    for encoder in (False, True):
+        personal, batch = model(lora, encoder).train(), text_batch()
+        adapter_loss(personal)(personal(batch), batch).backward()
+        reached = {name for name, p in personal.named_parameters() if p.grad is not None}
+        assert reached == {name for name, p in personal.named_parameters() if p.requires_grad}
+        assert any(name.startswith("gates.") for name in reached) == (lora.gate in ("crm", "user", "id"))
+        heads = {name.partition(".")[0] for name in reached if parameter_role(name) == "other"}
+        assert heads == ({"fusion"} if lora.head == "fusion" else {"backbone"} if encoder else set())
+        assert all(p.grad is None for p in personal.crm.parameters())
+        assert not any(module.training for module in personal.crm.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_of_any_kind_scores_the_same_to_the_bit(kind: str) -> None:
+    personal, batch = model(KINDS[kind]).eval(), text_batch()
+    with torch.no_grad():
+        for p in personal.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape))
+    content = save({name: p for name, p in personal.named_parameters() if p.requires_grad})
+    other = model(KINDS[kind]).eval()
+    assert kind == "uniform" or not torch.equal(other(batch), personal(batch))
+    load_trained(other, load(content), "here")
+    assert torch.equal(other(batch), personal(batch))
+
+
+@pytest.mark.parametrize("gate", ["crm", "user", "id", "random", "uniform"])
+def test_one_expert_is_plain_lora_whatever_the_gate(gate: Any) -> None:
+    plain, batch = model(LoraConfig(experts=1, rank=2, gate="none")).eval(), text_batch()
+    for mode in ("weights", "outputs"):
+        gated = model(LoraConfig(experts=1, rank=2, gate=gate, mode=mode)).eval()  # type: ignore[arg-type]
+        for name, bank in plain.banks.items():
+            gated.banks[name].load_state_dict(bank.state_dict())
+        torch.testing.assert_close(plain(batch), gated(batch))
+
+
+@pytest.mark.parametrize("gate", ["crm", "user", "id", "random", "uniform"])
+def test_mixtures_of_every_gate_sum_to_1(gate: Any) -> None:
+    for shared in (False, gate != "uniform"):
+        mixture = model(LoraConfig(experts=3, rank=2, gate=gate, shared_gate=shared)).eval().mixture(text_batch())
+        assert mixture is not None
+        assert mixture.shape == (4, 4, 3)
+        torch.testing.assert_close(mixture.sum(-1), torch.ones(4, 4))
+        if shared:
+            assert mixture.stride()[0] == 0, "expanded, not copied"
+        if gate == "uniform":
+            assert torch.equal(mixture, torch.full_like(mixture, 1 / 3))
+
+
+def other_target(batch: TextBatch) -> TextBatch:
+    """The same users and histories before another item; statistics of the user alone are kept."""
+    rows = batch.crm
+    item_counts = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    changed = dataclasses.replace(rows, item=rows.item % 9 + 1, statistics=rows.statistics + 5 * item_counts)
+    return dataclasses.replace(batch, crm=changed)
+
+
+@pytest.mark.parametrize(("gate", "moves"), [("crm", True), ("user", False), ("id", False), ("random", False)])
+def test_only_the_crms_gate_knows_the_target_item(gate: Any, moves: bool) -> None:
+    personal, batch = model(LoraConfig(experts=3, rank=2, gate=gate)).eval(), text_batch()
+    one, other = personal.mixture(batch), personal.mixture(other_target(batch))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other) != moves
+
+
+def test_a_matrix_gate_gives_r_by_r_numbers_per_matrix_and_sample() -> None:
+    for gate in ("crm", "user"):
+        mixture = model(LoraConfig(experts=1, rank=2, mode="matrix", gate=gate)).mixture(text_batch())  # type: ignore[arg-type]
+        assert mixture is not None
+        assert mixture.shape == (4, 4, 4)
+
+
+def test_the_offset_is_the_crms_logit_on_yes() -> None:
+    offset, plain, batch = (*(model(LoraConfig(experts=1, gate="none", head=h)).eval() for h in HEADS), text_batch())
+    for name, bank in plain.banks.items():
+        offset.banks[name].load_state_dict(bank.state_dict())
+    difference = offset(batch) - plain(batch)
+    torch.testing.assert_close(difference[:, 1], offset.crm(batch.crm).logit, atol=1e-5, rtol=1e-4)
+    assert not difference[:, 0].any()
+
+
+def test_fusion_reads_the_text_and_the_crms_state_whatever_their_scale() -> None:
+    for encoder in (False, True):
+        personal, batch = model(LoraConfig(experts=1, gate="none", head="fusion"), encoder).eval(), text_batch()
+        assert personal.fusion is not None
+        logits = personal(batch)
+        assert logits.shape == (4, 2)
+        pooled = personal.backbone.pooled(batch.input_ids, batch.attention_mask, batch.last)
+        state = personal.crm(batch.crm).state
+        torch.testing.assert_close(personal.fusion(pooled, state), logits)
+        torch.testing.assert_close(personal.fusion(1000 * pooled, 1000 * state), logits, atol=1e-2, rtol=1e-2)
+        assert not torch.allclose(personal.fusion(pooled.roll(1, 0), state), logits)
+        assert not torch.allclose(personal.fusion(pooled, state.roll(1, 0)), logits)
+
+
+def test_a_foreign_mixture_takes_the_place_of_the_own_and_of_nothing_else() -> None:
+    personal, batch = model(LoraConfig(experts=3, rank=2, head="offset", temperature=0.1)).eval(), text_batch()
+    own = personal.mixture(batch)
+    assert own is not None
+    torch.testing.assert_close(personal(batch, own), personal(batch))
+    foreign = personal(batch, own.roll(1, 1))
+    assert not torch.allclose(foreign, personal(batch))
+    for bank in personal.banks.values():
+        nn.init.zeros_(bank.B)
+    torch.testing.assert_close(personal(batch, own.roll(1, 1)), personal(batch), msg="the CRM's logit is the row's own")
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_the_balance_loss_evens_the_use_out_with_and_without_gradient_checkpointing() -> None:
+    lora = LoraConfig(experts=3, rank=2, balance=0.5, temperature=0.2, gate_dropout=0.0)
+    found = []
+    for checkpointing in (False, True):
+        personal, batch = model(lora).train(), text_batch()
+        if checkpointing:
+            personal.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        logits = personal(batch)
+        mixture = personal.mixture(batch)
+        assert mixture is not None
+        loss = adapter_loss(personal)(logits, batch)
+        torch.testing.assert_close(loss, text_loss(logits, batch) + 0.5 * imbalance(mixture))
+        loss.backward()
+        found.append({name: p.grad for name, p in personal.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+    optimiser = torch.optim.SGD(personal.gates.parameters(), lr=0.1)  # type: ignore[union-attr]
+    before = imbalance(mixture).item()
+    for _ in range(20):
+        optimiser.zero_grad()
+        personal(batch)
+        (adapter_loss(personal)(torch.zeros(4, 2), batch)).backward()
+        optimiser.step()
+    assert imbalance(personal.mixture(batch)).item() < before / 2  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import re
 import struct
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ import pytest
 from reclora_dist.contract.manifest import verified
 from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.metrics import Interval
-from reclora_dist.evaluate.report import Difference, ModelResult, Report, write_report
+from reclora_dist.evaluate.report import Difference, ModelResult, RankingResult, Report, SliceResult, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -119,6 +120,42 @@ def test_what_is_unknown_is_left_out(tmp_path):
 def test_more_models_than_colours_and_few_rows(tmp_path):
     models = [model(f"model {n}", mixture(2), rows=8) for n in range(9)]
     assert len(write_report(Folder(str(tmp_path)), Report("Many", models))) == 6
+
+
+def test_slices_and_the_ranking_are_shown(tmp_path, report):
+    auc, hits = {"auc": Interval(0.71, 0.6, 0.8)}, {"hit_ratio_at_1": Interval(0.25, 0.2, 0.3)}
+    between = Difference("rec|lora", "lora", "auc", Interval(0.05, 0.01, 0.09))
+    slices = [
+        SliceResult("rare_items", 1234, 56, {"crm": auc, "lora": auc, "rec|lora": {}}, [between]),
+        SliceResult("new_users", 3, 1, {"crm": {}, "lora": {}}),
+    ]
+    whole = [SliceResult("rare_items", 99_000, 236, {"crm": auc})]
+    better = [Difference("rec|lora", "lora", "hit_ratio_at_1", Interval(0.1, 0.05, 0.15))]
+    ranking = RankingResult(1000, 20, {"crm": hits}, better)
+    folder = Folder(str(tmp_path))
+    write_report(folder, dataclasses.replace(report, slices=slices, all_rows=whole, ranking=ranking))
+    text = folder.read("report.md").decode()
+    assert (
+        "| rare items | 1,234 | 56 | crm | 0.7100 [0.6000, 0.8000] |\n"
+        "|  |  |  | lora | 0.7100 [0.6000, 0.8000] |\n"
+        "| new users | 3 | 1 | – | – |\n"
+    ) in text
+    assert r"| rare items | rec\|lora − lora | AUC | +0.0500 [+0.0100, +0.0900] |" in text
+    assert "| rare items | 99,000 | 236 | crm |" in text.split("## Slices of all rows")[1]
+    assert "## Next liked item among 20 (1,000 users)\n\n| Model | HR@1 |" in text
+    assert r"| rec\|lora − lora | HR@1 | +0.1000 [+0.0500, +0.1500] |" in text
+    assert folder.read("slices.png").startswith(PNG)
+    page = Page()
+    page.feed(folder.read("report.html").decode())
+    assert "Slices: paired differences" in page.text
+    assert "AUC by slice" in page.text
+
+
+def test_slices_without_any_auc_are_not_drawn(tmp_path, report):
+    folder = Folder(str(tmp_path))
+    write_report(folder, dataclasses.replace(report, slices=[SliceResult("new_users", 3, 1, {"crm": {}})]))
+    assert not folder.exists("slices.png")
+    assert "| new users | 3 | 1 | – |" in folder.read("report.md").decode()
 
 
 def test_no_model_is_refused(tmp_path):

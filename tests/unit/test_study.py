@@ -114,7 +114,8 @@ def test_a_comparison_with_what_is_not_there_is_refused(tmp_path: Path, pair: tu
     points = {"a": (), "b": ("adapters.other={experts: 1, gate: none}",)}
     with pytest.raises(ConfigError, match=words):
         grid_of(tmp_path, points=points, compare=(pair,))
-    grid_of(tmp_path, points=points, compare=(("other@b", "reclora (shuffled)@a"), ("other", "lora")))
+    pairs = (("other@b", "reclora (shuffled)@a"), ("other", "lora"))
+    grid_of(tmp_path, "evaluate.shuffled=true", points=points, compare=pairs)
 
 
 @pytest.mark.parametrize(
