@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from reclora_dist.ray_app.spark import end_with_parent
 from reclora_dist.studies.grid import Run
 
 LOG = "log.txt"
+_ERROR = re.compile(r"error:|[\w.]+(Error|Exception|Failed)\b")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def run_study(config: Config, runs: Sequence[Run]) -> dict[str, str]:
 
 def _environment(cluster: Cluster) -> dict[str, str]:
     """This command's environment, and how its children join the cluster."""
-    more = {"RAY_ADDRESS": cluster.address}
+    more = {"RAY_ADDRESS": cluster.address, "HYDRA_FULL_ERROR": "1"}  # else Hydra hides what went wrong from the log
     if cluster.started:
         more["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE", "token")  # as Ray chose for the cluster it started
     return {**os.environ, **more}
@@ -138,6 +140,6 @@ def _call(command: Sequence[str], cwd: str, environment: Mapping[str, str], outp
 
 
 def _error_line(log: Path) -> str:
-    """What a log says of a failure: its last line that starts with ``error:``, else its last line."""
+    """What a log says of a failure: the last line of an error or exception, else its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])

@@ -348,12 +348,14 @@ def test_a_linked_stage_that_is_made_anew_leaves_the_siblings_whole(tmp_path: Pa
     assert (tmp_path / "one/raw/part.bin").read_bytes() == b"first"
 
 
-def test_the_error_of_a_log_is_its_last_error_line_or_its_last_line(tmp_path: Path) -> None:
+def test_the_error_of_a_log_is_its_last_error_or_its_last_line(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("=== events\nerror: first\nerror: config is bad\nstudy: more\n\n")
     assert _error_line(log) == "error: config is bad"
-    log.write_text("Traceback\nRuntimeError: oops\n\n")
-    assert _error_line(log) == "RuntimeError: oops"
+    log.write_text("Traceback\nray.exceptions.RayTaskError(OSError): oops\nRay's logs of this run are in /tmp/x\n")
+    assert _error_line(log) == "ray.exceptions.RayTaskError(OSError): oops"
+    log.write_text("=== events\nKilled\n\n")
+    assert _error_line(log) == "Killed"
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
