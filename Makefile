@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$python" && break; \
 	done)
 
-.PHONY: help setup preflight demo test lint bench wheel
+.PHONY: help setup preflight demo test lint bench study wheel
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ lint: setup  ## ruff, mypy --strict, import-linter
 bench: setup  ## one claim measured: NAME=movielens RAW=path/to/ml-1m, NAME=personalisation, NAME=retrieval, NAME=days, NAME=adapter_overhead
 	@test -f "benchmarks/$(NAME).py" || { echo "make bench NAME=<one of: $(basename $(notdir $(wildcard benchmarks/*.py)))>" >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME).py $(if $(RAW),--raw "$(RAW)") $(ARGS)
+
+study: setup  ## a grid of runs that answers a question: NAME=few_shot; without NAME, all are listed; ARGS="study.seeds=[0]"
+	@$(BIN)/python -m reclora_dist.cli.study $(if $(NAME),"study=$(NAME)") $(ARGS)
 
 wheel: setup  ## the package as dist/reclora_dist-*.whl, for `spark-submit --py-files`; without the network
 	@rm -rf build  # setuptools keeps modules there that are gone

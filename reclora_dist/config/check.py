@@ -3,7 +3,15 @@
 from collections.abc import Iterator
 from itertools import chain, pairwise
 
-from reclora_dist.config.schema import Config, CrmConfig, EvaluateConfig, LoraConfig, TrainConfig
+from reclora_dist.config.schema import (
+    Config,
+    CrmConfig,
+    EvaluateConfig,
+    LoraConfig,
+    StudyConfig,
+    SynthesiseConfig,
+    TrainConfig,
+)
 
 
 def check_config(config: Config) -> None:
@@ -132,3 +140,25 @@ def check_sizes(config: TrainConfig, workers: int, section: str) -> None:
             f"{section}.batch_size {config.batch_size} is not a multiple of {unit} (workers x micro_batch); "
             f"take {config.batch_size // unit * unit or unit}"
         )
+
+
+def check_study(study: StudyConfig) -> None:
+    """Refuse a grid of runs that cannot work; its points are checked when they are composed.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    for key, values in study.axes.items():
+        if not values:
+            raise ValueError(f"study.axes has no values for {key!r}; give some, or leave the axis out")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"study.seeds are {list(study.seeds)}; give at least one, each once")
+    sections = vars(Config(synthesise=SynthesiseConfig()))
+    known = sorted(name for name, section in sections.items() if hasattr(section, "seed"))
+    for name in study.seeded:
+        if name not in known:
+            raise ValueError(f"study.seeded names {name!r}; sections with a seed are: {', '.join(known)}")
+    if not study.commands or not study.metrics:
+        raise ValueError("study.commands or study.metrics is empty; give at least one of each")
+    if study.parallel < 1:
+        raise ValueError(f"study.parallel {study.parallel} must be at least 1")

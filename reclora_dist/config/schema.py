@@ -400,6 +400,32 @@ class ServeConfig(Section):
 
 
 @dataclass(frozen=True)
+class StudyConfig(Section):
+    """A grid of runs that answers a question (``cli.study``), in ``paths.run``: a folder per point and seed."""
+
+    question: str = knob("", "what the study asks, in one sentence")
+    points: dict[str, tuple[str, ...]] = knob(dict, "overrides of each point, by its name; empty: the axes make them")
+    axes: dict[str, tuple[str, ...]] = knob(
+        dict, "a key or group and its values; every combination is a point (of each of `points`, if there are some)"
+    )
+    seeds: tuple[int, ...] = knob((0, 1, 2), "every point is run with each of them")
+    seeded: tuple[str, ...] = knob(
+        ("synthesise", "shards", "backbone", "crm_train", "lora_train", "evaluate"), "sections whose `seed` is set"
+    )
+    commands: tuple[Literal["pipeline", "prepare", "train", "evaluate"], ...] = knob(
+        ("pipeline",), "what a run is made of: commands of reclora_dist.cli, one after the other"
+    )
+    split: str = knob(
+        "test", "what tables and plots show: test, validation, or training (pace and seconds of the stages)"
+    )
+    metrics: tuple[str, ...] = knob(("auc", "logloss", "acc"), "metrics of the tables; the plots show the first")
+    compare: tuple[tuple[str, str], ...] = knob(
+        (), "pairs whose difference is reported, better one first: `model` (in every point) or `model@point`"
+    )
+    parallel: int = knob(1, "runs at a time; the training workers of all share the cluster's CPUs and GPUs")
+
+
+@dataclass(frozen=True)
 class ExportConfig(Section):
     """One user's adapter as a PEFT folder."""
 
@@ -440,3 +466,4 @@ class Config(Section):
     compare: tuple[tuple[str, str], ...] = knob((), "pairs of models whose difference is reported, better one first")
     serve: ServeConfig = knob(ServeConfig, "service")
     export: ExportConfig = knob(ExportConfig, "export to PEFT")
+    study: StudyConfig = knob(StudyConfig, "grid of runs; only cli.study reads it")

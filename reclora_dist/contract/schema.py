@@ -22,6 +22,7 @@ ADAPTER = Format("reclora.adapter", 2)
 CHECKPOINT = Format("reclora.checkpoint", 1)
 EVALUATION = Format("reclora.evaluation", 2)
 SERVICE = Format("reclora.service", 1)
+STUDY_RUN = Format("reclora.study_run", 1)
 
 SPLITS = ("train", "validation", "test")
 

@@ -93,17 +93,17 @@ def gates(mixtures: Mapping[str, NDArray[np.float32]], models: Sequence[str]) ->
     return _png(figure)
 
 
-def forest(models: Mapping[str, Interval], differences: Mapping[str, Interval]) -> bytes:
-    """AUC per model and paired differences of AUC, with 95 % intervals."""
+def forest(models: Mapping[str, Interval], differences: Mapping[str, Interval], metric: str = "AUC") -> bytes:
+    """A metric per model and its paired differences, with 95 % intervals."""
     rows = max(len(models), len(differences))
     figure = Figure(figsize=(9.5 if differences else 5.2, 1.4 + 0.42 * rows), layout="constrained")
     panels = figure.subplots(1, 2 if differences else 1, squeeze=False)[0]
     _intervals(panels[0], models, _COLOURS[0])
-    panels[0].set(xlabel="AUC, 95 % interval", title="Models")
+    panels[0].set(xlabel=f"{metric}, 95 % interval", title="Models")
     if differences:
         _intervals(panels[1], differences, _COLOURS[1])
         panels[1].axvline(0, color=_GREY, linewidth=0.8)
-        panels[1].set(xlabel="Difference of AUC, 95 % interval", title="Paired differences")
+        panels[1].set(xlabel=f"Difference of {metric}, 95 % interval", title="Paired differences")
     _bare(*panels)
     return _png(figure)
 
@@ -128,6 +128,41 @@ def slices(found: Mapping[str, Mapping[str, Interval]], models: Sequence[str]) -
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _bare(axes)
     return _png(figure)
+
+
+def against(key: str, metric: str, series: Mapping[str, Mapping[str, Interval]]) -> bytes:
+    """A metric with its intervals against the values of the setting ``key``: series name to value to interval.
+
+    Values that are all numbers lie at their places (on a logarithmic axis, if they are above 0 and span a factor of 20
+    or more), others side by side.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    values = list(dict.fromkeys(value for line in series.values() for value in line))
+    numbers = _numbers(values)
+    places = numbers or {value: float(place) for place, value in enumerate(values)}
+    for place, (name, line) in enumerate(series.items()):
+        x = np.array([places[value] for value in line])
+        means = np.array([interval.mean for interval in line.values()])
+        reach = np.abs([[i.mean - i.low, i.high - i.mean] for i in line.values()]).T
+        order = np.argsort(x, kind="stable")
+        style = _style(place)
+        axes.errorbar(x[order], means[order], reach[:, order], label=name, marker="o", markersize=4, capsize=3, **style)
+    if not numbers:
+        axes.set_xticks(list(places.values()), values)
+    elif min(numbers.values()) > 0 and max(numbers.values()) >= 20 * min(numbers.values()):
+        axes.set_xscale("log")
+    axes.set(xlabel=key, ylabel=metric)
+    axes.legend(frameon=False, fontsize=8)
+    _bare(axes)
+    return _png(figure)
+
+
+def _numbers(values: Sequence[str]) -> dict[str, float] | None:
+    try:
+        return {value: float(value) for value in values}
+    except ValueError:
+        return None
 
 
 def _intervals(axes: Axes, rows: Mapping[str, Interval], colour: str) -> None:

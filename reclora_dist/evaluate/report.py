@@ -215,12 +215,17 @@ def _markdown(report: Report, tables: Sequence[_Table], figures: Sequence[_Plot]
     """The report as Markdown; plots are links to the PNG files beside it."""
     parts = [f"# {report.title}"]
     for table in tables:
-        align = ["---", *["---:"] * (len(table.header) - 1)]
-        parts += [f"## {table.title}", "\n".join(_row(row) for row in (table.header, align, *table.rows))]
+        parts += [f"## {table.title}", markdown_table(table.header, table.rows)]
     if report.notes:
         parts += ["## Notes", "\n".join(f"* {note}" for note in report.notes)]
     parts += [f"## {plot.caption}\n\n![{plot.caption}]({plot.file})" for plot in figures]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(_row(row) for row in (header, align, *rows))
 
 
 def _row(cells: Sequence[str]) -> str:

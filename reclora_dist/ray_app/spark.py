@@ -41,7 +41,7 @@ class SparkJobs:
         arguments += ["--out", folder(self._config, output).uri, *_spark_options(self._config)]
         if "://" not in self._config.paths.run:
             arguments += ["--metrics-file", str(folder(self._config, "metrics").local() / f"{job}.prom")]
-        self._application = self._application or Application(_end_with_parent)
+        self._application = self._application or Application(end_with_parent)
         current = False
         for line in self._application.run(job, arguments):
             current = current or "up to date" in line
@@ -62,7 +62,7 @@ def _spark_options(config: Config) -> list[str]:
     return options + [part for key, value in spark.conf.items() for part in ("--conf", f"{key}={value}")]
 
 
-def _end_with_parent() -> None:
-    """A job must not go on writing after the pipeline that started it was killed (Linux)."""
+def end_with_parent() -> None:
+    """A child must not go on writing after the process that started it was killed (Linux); for ``preexec_fn``."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -70,7 +70,7 @@ def test_a_spark_executor_needs_no_model_library():
 
 def test_make_lists_its_targets():
     listed = re.findall(r"^  make (\w+)", make().stdout, re.MULTILINE)
-    assert listed == ["help", "setup", "demo", "test", "lint", "bench", "wheel"]
+    assert listed == ["help", "setup", "demo", "test", "lint", "bench", "study", "wheel"]
 
 
 @pytest.mark.parametrize("target", ["setup", "demo", "test"])
