@@ -95,8 +95,8 @@ def _first(run: Run, runs: Sequence[Run]) -> Run:
 def _outcome(reference: "ray.ObjectRef[Outcome]") -> Outcome:
     try:
         return ray.get(reference)
-    except RayError as error:  # the task's process or its node died
-        return Outcome(0.0, error=str(error).strip().splitlines()[0])
+    except RayError as error:  # the task failed, or its process or its node died
+        return Outcome(0.0, error=str(error).strip().splitlines()[-1])
 
 
 def _say(run: Run, outcome: Outcome, done: int, total: int, elapsed: float) -> None:
