@@ -107,9 +107,7 @@ def _say(run: Run, outcome: Outcome, done: int, total: int, elapsed: float) -> N
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _run_point(
-    run: Run, siblings: Sequence[str], cwd: str, environment: Mapping[str, str], after: Outcome | None
-) -> Outcome:
+def _run_point(run: Run, siblings: Sequence[str], cwd: str, environment: Mapping[str, str], after: object) -> Outcome:
     """One run; it reserves nothing, its training and scoring do. Waits for ``after`` by Ray's rule for arguments."""
     began = time.monotonic()
     log = Path(run.config.paths.run, LOG)
