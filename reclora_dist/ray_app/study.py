@@ -66,17 +66,13 @@ def _run_all(
 ) -> dict[str, str]:
     began = time.monotonic()
     errors: dict[str, str] = {}
-    leads: dict[int, ray.ObjectRef[Outcome]] = {}
-    pending = sorted(waiting, key=lambda run: run is not _first(run, waiting))
+    pending = list(waiting)
     running: dict[ray.ObjectRef[Outcome], Run] = {}
     while pending or running:
-        while pending and len(running) < config.study.parallel:
-            run = pending.pop(0)
-            lead = leads.get(run.seed) or next(iter(leads.values()), None)
+        while len(running) < config.study.parallel and (run := startable(waiting, pending, list(running.values()))):
+            pending.remove(run)
             siblings = [folder for folder in reversed(folders) if folder != run.config.paths.run]
-            reference = _run_point.remote(run, siblings, os.getcwd(), environment, lead)
-            leads.setdefault(run.seed, reference)
-            running[reference] = run
+            running[_run_point.remote(run, siblings, os.getcwd(), environment)] = run
         (reference,), _ = ray.wait(list(running))
         run = running.pop(reference)
         outcome = _outcome(reference)
@@ -87,16 +83,23 @@ def _run_all(
     return errors
 
 
-def _first(run: Run, runs: Sequence[Run]) -> Run:
-    """The first run of the same seed."""
-    return next(other for other in runs if other.seed == run.seed)
+def startable(waiting: Sequence[Run], pending: Sequence[Run], running: Sequence[Run]) -> Run | None:
+    """The next of the ``pending`` runs; None as long as those that make what it shares are at work.
+
+    That is the first of all that were ``waiting``, then the first of its seed.
+    """
+    leads = list({run.seed: run for run in reversed(waiting)}.values())
+    for run in sorted(pending, key=lambda run: run not in leads):
+        if not any(other is waiting[0] or (other in leads and other.seed == run.seed) for other in running):
+            return run
+    return None
 
 
 def _outcome(reference: "ray.ObjectRef[Outcome]") -> Outcome:
     try:
         return ray.get(reference)
-    except RayError as error:  # the task's process or its node died
-        return Outcome(0.0, error=str(error).strip().splitlines()[0])
+    except RayError as error:  # the task failed, or its process or its node died
+        return Outcome(0.0, error=str(error).strip().splitlines()[-1])
 
 
 def _say(run: Run, outcome: Outcome, done: int, total: int, elapsed: float) -> None:
@@ -107,10 +110,8 @@ def _say(run: Run, outcome: Outcome, done: int, total: int, elapsed: float) -> N
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _run_point(
-    run: Run, siblings: Sequence[str], cwd: str, environment: Mapping[str, str], after: Outcome | None
-) -> Outcome:
-    """One run; it reserves nothing, its training and scoring do. Waits for ``after`` by Ray's rule for arguments."""
+def _run_point(run: Run, siblings: Sequence[str], cwd: str, environment: Mapping[str, str]) -> Outcome:
+    """One run; it reserves nothing, its training and scoring do."""
     began = time.monotonic()
     log = Path(run.config.paths.run, LOG)
     log.parent.mkdir(parents=True, exist_ok=True)

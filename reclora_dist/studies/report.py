@@ -106,10 +106,9 @@ def markdown(found: Found, figures: Sequence[str]) -> str:
         [point, model, *(_mean_and_deviation(by.get(metric, [])) for metric in study.metrics), str(_seeds(by))]
         for (point, model), by in _shown(found).items()
     ]
-    parts += [
-        f"## {study.split}: mean over seeds ± standard deviation",
-        markdown_table(["Point", "Model", *study.metrics, "Seeds"], table),
-    ]
+    if table:
+        title = f"## {study.split}: mean over seeds ± standard deviation"
+        parts += [title, markdown_table(["Point", "Model", *study.metrics, "Seeds"], table)]
     if found.differences:
         parts += ["## Paired differences", NOTE, _differences(found)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures]

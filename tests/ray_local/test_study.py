@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_run import REPOSITORY, environment
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 SETTINGS = (
     "ray.workers=0", "engine=torch", "ray.object_store_mib=100", "retrieval.long=8", "retrieval.short=4",
     "backbone.tiny.hidden=32", "backbone.tiny.layers=2", "backbone.tiny.heads=2", "backbone.tiny.vocabulary=400",
     "crm.embedding=8", "crm.dnn=[32,32]", "crm.attention=[16]", "crm_train.batch_size=64", "crm_train.epochs=2",
-    "lora_train.batch_size=64", "lora_train.epochs=1", "evaluate.bootstrap=50", "~adapters.uniform",
+    "lora_train.batch_size=64", "lora_train.epochs=1", "evaluate.bootstrap=50", "prompt.profile=", "~adapters.uniform",
     "study.commands=[train,evaluate]", "study.seeds=[0]", "study.compare=[[one,lora]]",
     "study.points={first: [], second: ['adapters.one.rank=4'], broken: []}",
 )  # fmt: skip
@@ -23,15 +23,20 @@ SETTINGS = (
 
 def run(home: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "reclora_dist.cli.study", "study=identity", *SETTINGS, f"paths.run={home}"]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=1400)
 
 
 @pytest.fixture
 def home(prepared: Path, tmp_path: Path) -> Path:
     """A study's folder in which Spark has been: the first two runs have shards and a backbone, the third nothing."""
     for point in ("first", "second"):
-        shutil.copytree(prepared, tmp_path / point / "seed-0", ignore=shutil.ignore_patterns("crm", "checkpoints"))
+        copy_without_crm(prepared, tmp_path / point / "seed-0")
     return tmp_path
+
+
+def copy_without_crm(prepared: Path, place: Path) -> None:
+    shutil.copytree(prepared, place, dirs_exist_ok=True)
+    shutil.rmtree(place / "crm")
 
 
 def test_a_study_shares_stages_survives_a_failing_run_and_goes_on_later(home: Path, prepared: Path) -> None:
@@ -60,7 +65,7 @@ def test_a_study_shares_stages_survives_a_failing_run_and_goes_on_later(home: Pa
     assert "* broken seed 0: error: " in page
     assert "| one − lora | second | auc |" in page
 
-    shutil.copytree(prepared, home / "broken/seed-0", dirs_exist_ok=True, ignore=shutil.ignore_patterns("crm"))
+    copy_without_crm(prepared, home / "broken/seed-0")
     again = run(home)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "study: 3 runs, 2 of them finished before" in again.stdout

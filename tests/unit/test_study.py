@@ -27,7 +27,7 @@ from reclora_dist.contract.schema import BACKBONE, EVALUATION, EVENTS, RAW, pred
 from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.metrics import Interval, paired_difference
 from reclora_dist.ray_app.reuse import reuse_stages
-from reclora_dist.ray_app.study import _error_line
+from reclora_dist.ray_app.study import _error_line, startable
 from reclora_dist.studies import grid, report, results
 
 SHIPPED = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
@@ -346,6 +346,18 @@ def test_a_linked_stage_that_is_made_anew_leaves_the_siblings_whole(tmp_path: Pa
     reuse_stages(two, [one.paths.run])
     write_dataset(Folder(two.paths.run).child("raw"), RAW, "changed", {}, b"second")
     assert (tmp_path / "one/raw/part.bin").read_bytes() == b"first"
+
+
+def test_runs_at_a_time_wait_for_the_first_of_all_and_the_first_of_their_seed(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, axes={"retrieval.long": ("20", "60", "90")}, seeds=(0, 1))
+    a0, b0, c0, a1, b1, _ = runs
+    assert startable(runs, runs, []) is a0
+    assert startable(runs, runs[1:], [a0]) is None
+    assert startable(runs, runs[1:], []) is a1, "the first of a seed comes before the others"
+    assert startable(runs, [b0, c0, b1], [a1]) is b0
+    assert startable(runs, [b1], [a1, c0]) is None
+    assert startable(runs, [b1], [c0]) is b1
+    assert startable(runs, [], [c0]) is None
 
 
 def test_the_error_of_a_log_is_its_last_error_or_its_last_line(tmp_path: Path) -> None:
