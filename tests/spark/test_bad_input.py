@@ -104,7 +104,7 @@ def test_a_flipped_byte_is_found_on_the_executor(run, finished, tmp_path: Path) 
         ("vectors", "retrieve_history", ("events", "vectors")),
         ("histories", "write_shards", ("events", "histories")),
     ):
-        file = next(path for path in sorted((here / name).rglob("*")) if path.suffix in (".parquet", ".npy"))
+        file = next(path for path in sorted((here / name).rglob("*")) if path.suffix in (".arrow", ".parquet", ".npy"))
         whole = file.read_bytes()
         file.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
         with pytest.raises(Exception) as caught:  # Spark wraps what executors raise
@@ -118,7 +118,7 @@ def test_a_flipped_byte_is_found_on_the_executor(run, finished, tmp_path: Path) 
 def test_missing_and_foreign_manifests(run, finished, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"has no manifest.json: the stage that writes 'reclora.events'"):
         run("retrieve_history", tmp_path / "out", "strategy=recent", events=tmp_path / "nothing")
-    with pytest.raises(ContractError, match=r"holds format 'reclora.histories' version 2"):
+    with pytest.raises(ContractError, match=r"holds format 'reclora.histories' version 3"):
         run("retrieve_history", tmp_path / "out", "strategy=recent", events=finished.folder / "histories")
     with pytest.raises(ValueError, match="give --vectors, or set strategy=recent"):
         run("retrieve_history", tmp_path / "out", events=finished.folder / "events")
