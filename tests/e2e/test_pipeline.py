@@ -97,9 +97,19 @@ def test_the_service_answers_what_the_evaluation_scored(finished: Finished) -> N
 
 def test_nothing_unsafe_is_written(finished: Finished) -> None:
     kinds = {path.suffix for path in finished.run.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".parquet", ".safetensors", ".npy", ".md", ".html", ".svg", ".png", ".prom", ".txt"}, (
-        kinds
-    )
+    assert kinds <= {
+        ".json",
+        ".parquet",
+        ".arrow",
+        ".safetensors",
+        ".npy",
+        ".md",
+        ".html",
+        ".svg",
+        ".png",
+        ".prom",
+        ".txt",
+    }, kinds
 
 
 def test_a_second_run_skips_what_is_up_to_date(finished: Finished, tmp_path: Path) -> None:
