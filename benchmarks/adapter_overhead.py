@@ -171,7 +171,7 @@ def personal(backbone: Backbone, shape: Shape, experts: int, loop: bool = False)
     way.backbone.to(backbone.answers.device)
     randomise({name: bank.B for name, bank in banks.items()})
     if experts > 1:
-        gates = GateStack(len(banks), STATE, config.gate_hidden, experts, config.temperature, config.gate_dropout)
+        gates = GateStack(len(banks), STATE, config)
         way.gates = gates.to(backbone.answers.device)
     for layer in [m for m in way.backbone.modules() if loop and isinstance(m, PersonalisedLinear)]:
         layer.bank = LoopedBank(layer.bank)
