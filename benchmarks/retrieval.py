@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -26,10 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.dataset as ds
 
+from reclora_dist.contract import schema
 from reclora_dist.contract.arrays import add_array
 from reclora_dist.contract.manifest import Manifest, commit, read_manifest
+from reclora_dist.contract.parts import read_part, write_arrow_part, write_part
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.retrieval import Past, Semantic, SimHash, on_grid, retrieve
@@ -73,8 +77,8 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/retrieval", help="scratch; logs stay there")
     arguments = parser.parse_args()
-    result: dict = {"cores": len(os.sched_getaffinity(0)), "kernel": kernel()}
-    print(json.dumps(result["kernel"]), flush=True)
+    result: dict = {"cores": len(os.sched_getaffinity(0)), "kernel": kernel(), "encoding": encoding()}
+    print(json.dumps(result["kernel"] | result["encoding"]), flush=True)
     result["sizes"] = {}
     for size in sorted({*arguments.sizes, *arguments.versus}):
         home = arguments.folder / f"{size:g}m"
@@ -377,6 +381,36 @@ def kernel(events: int = 10_000, targets: int = 256, rounds: int = 20) -> dict:
     if "faiss_flat" in found:
         result["recall_vs_faiss"] = round(recall(table, items, wanted, found["ours"], found["faiss_flat"]), 6)
         result["topk_vs_faiss"] = round(result["faiss_flat_ms"] / result["ours_ms"], 2)
+    return result
+
+
+def encoding(rows: int = 60_000, rounds: int = 5) -> dict:
+    """Histories as Arrow files, as our jobs write them, and as Parquet: processor time and size of one part."""
+    rng = np.random.default_rng(0)
+
+    def column(field: pa.Field) -> pa.Array:
+        kind = field.type
+        if pa.types.is_fixed_size_list(kind):
+            values = np.minimum(rng.zipf(1.3, (rows, kind.list_size)), 100).ravel()
+            return pa.FixedSizeListArray.from_arrays(pa.array(values).cast(kind.value_type), kind.list_size)
+        return pa.array(["train"] * rows) if pa.types.is_string(kind) else pa.array(np.arange(rows) % 100).cast(kind)
+
+    wanted = schema.histories(LONG, SHORT)
+    table = pa.Table.from_arrays([column(field) for field in wanted], schema=wanted)
+    result = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Folder(scratch)
+        for name, write in (("arrow", write_arrow_part), ("parquet", write_part)):
+            spent: dict[str, list[float]] = {"write": [], "read": []}
+            for _ in range(rounds):
+                started = time.process_time()
+                entry = write(folder, "", 0, table, 20_000)
+                spent["write"].append(time.process_time() - started)
+                started = time.process_time()
+                read_part(folder, entry)
+                spent["read"].append(time.process_time() - started)
+            result |= {f"{name}_{what}_ms": round(statistics.median(times) * 1e3, 1) for what, times in spent.items()}
+            result[f"{name}_mb"] = round(entry.bytes / 1e6, 2)
     return result
 
 
