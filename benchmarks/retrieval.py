@@ -228,7 +228,8 @@ def rival(name: str, raw: Path, home: Path) -> Cost:
 def run(command: Sequence[str]) -> Cost:
     """Run a command and watch the memory of its processes."""
     cost, started = Cost(), time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}  # Spark's workers: else the python3 on PATH
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
     watcher = threading.Thread(target=watch, args=(process, cost))
     watcher.start()
     code = process.wait()
