@@ -1,17 +1,19 @@
 """What the two processes of tests/distributed do; a module of its own, because spawned processes import it by name."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from sample_data import small_config
 
-from reclora_dist.config.schema import Config, EngineConfig, RayConfig
+from reclora_dist.config.schema import BackboneConfig, Config, EngineConfig, RayConfig, TrainConfig
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.telemetry.names import Metric
@@ -37,18 +39,18 @@ class Losses(NullMeters):
             self.values.append(value)
 
 
-def config(run: Path, engine: EngineConfig) -> Config:
+def config(run: Path, engine: EngineConfig, **changes: Any) -> Config:
     base = small_config(run, ray=RayConfig(workers=WORLD), engine=engine)
-    train = dataclasses.replace(base.lora_train, micro_batch=16, log_every=1)
+    train = dataclasses.replace(base.lora_train, **{"micro_batch": 16, "log_every": 1, **changes})
     # the fusion head is a third parameter group, the balance loss a second way into the gates
     lora = dataclasses.replace(base.adapters["reclora"], balance=0.1, head="fusion")
     return dataclasses.replace(base, lora_train=train, adapters={"reclora": lora})
 
 
-def join(rank: int, port: int) -> None:
+def join(rank: int, port: int, world: int = WORLD) -> None:
     """Make this process rank ``rank`` of a gloo process group."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     )  # fmt: skip
     torch.set_num_threads(1)
@@ -67,7 +69,7 @@ def train(name: str, settings: Config, rank: int, out: Path) -> None:
         return result
 
     stages.fit = fit  # type: ignore[assignment]
-    context = Context(rank, WORLD, meters=losses, report=reports.append)
+    context = Context(rank, torch.distributed.get_world_size(), meters=losses, report=reports.append)
     try:
         if name == "crm":
             stages.train_crm(settings, context)
@@ -82,18 +84,19 @@ def train(name: str, settings: Config, rank: int, out: Path) -> None:
 
 def stop_after(step: int, die: bool = False) -> None:
     """From now on, training ends right after the checkpoint of ``step``: the processes die, or the run is given up."""
-    save = loop._save
+    save = loop.save_checkpoint
 
-    def stopping(task, context, store, done, *more):  # type: ignore[no-untyped-def]
-        save(task, context, store, done, *more)
-        if done == step:
+    def stopping(run, writer):  # type: ignore[no-untyped-def]
+        save(run, writer)
+        if run.done == step:
+            writer.wait()
             torch.distributed.barrier()
-            loop._save = save
+            loop.save_checkpoint = save
             if die:
                 os.kill(os.getpid(), 9)
             raise Stopped
 
-    loop._save = stopping
+    loop.save_checkpoint = stopping
 
 
 def every_engine(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> None:
@@ -113,6 +116,70 @@ def every_engine(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> N
             train("reclora", config(run, kind), rank, out / f"{name}-stopped")
         except Stopped:
             train("reclora", config(run, kind), rank, out / f"{name}-resumed")
+
+
+VARIANTS = {
+    "zero2 offloaded": EngineConfig(offload_optimizer="cpu"),
+    "zero3 offloaded": EngineConfig(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+    "zero2 by tokens": EngineConfig(),
+    "zero3 by tokens": EngineConfig(zero_stage=3),
+    "torch by tokens": EngineConfig(kind="torch"),
+}
+
+
+def every_variant(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> None:
+    """RecLoRA with offload, and with micro-batches by tokens, whose number differs between ranks."""
+    join(rank, port)
+    for name, engine in VARIANTS.items():
+        changes = {"micro_batch": 0, "micro_tokens": 300} if name.endswith("tokens") else {}
+        train("reclora", config(runs[name], engine, **changes), rank, out / name)
+
+
+def uneven(rank: int, port: int, run: Path, out: Path, world: int) -> None:
+    """The CRM, then RecLoRA with ZeRO-2 until a checkpoint inside the epoch, on ``world`` workers."""
+    join(rank, port, world)
+    train("crm", config(run, EngineConfig()), rank, out / f"crm-{world}")
+    stop_after(3)
+    with contextlib.suppress(Stopped):
+        train("reclora", config(run, EngineConfig()), rank, out / f"reclora-{world}")
+
+
+def other_world(rank: int, port: int, run: Path, out: Path, world: int) -> None:
+    """RecLoRA with ZeRO-3 to the end."""
+    join(rank, port, world)
+    train("reclora", config(run, EngineConfig(zero_stage=3)), rank, out / f"reclora-{world}")
+
+
+def partitioned(rank: int, port: int, path: str, out: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+    """Logits of a backbone that was partitioned while it was read, and what this rank holds of it."""
+    join(rank, port)
+    from reclora_dist.train.partitioned import load_partitioned
+
+    settings = BackboneConfig(kind="causal", dtype=dtype)
+    backbone = load_partitioned(settings, path, EngineConfig(zero_stage=3), TrainConfig())
+    parameters = list(backbone.model.parameters())
+    assert all(parameter.numel() == 0 for parameter in parameters), "no whole parameter is left"
+    mine = sum(parameter.ds_tensor.numel() for parameter in parameters)
+    import deepspeed
+
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters):
+        ids = torch.tensor([[3, 5, 8, 13], [4, 6, 9, 9]])
+        logits = backbone(ids, torch.ones_like(ids), torch.tensor([3, 2]))
+    save_file({"logits": logits, "mine": torch.tensor(mine)}, out.with_name(f"{out.name}-{rank}.safetensors"))
+
+
+def alone(rank: int, port: int, run: Path, out: Path) -> None:
+    """RecLoRA with DeepSpeed in bfloat16 in one process that joined no group, as in a debugger."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    base = config(run, EngineConfig())
+    settings = dataclasses.replace(base, backbone=dataclasses.replace(base.backbone, dtype="bfloat16"))
+    prepared = stages.prepare_adapter(settings, "reclora", Context())
+    model = prepared.task.engine.model
+    kinds = {name: str(buffer.dtype) for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    frozen = {str(p.dtype) for p in model.parameters() if not p.requires_grad}
+    out.write_text(json.dumps({"buffers": kinds, "frozen": sorted(frozen)}))
+    stages._train(settings, prepared, Context())
 
 
 def killed(rank: int, port: int, run: Path, out: Path) -> None:

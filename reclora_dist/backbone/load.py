@@ -34,23 +34,33 @@ class Backbone(nn.Module):
         self.head = None if answers is not None else nn.Linear(width, 2)
         self.width = width
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, last: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits [batch, 2] in float32; the arguments are those of ``pooled``."""
-        pooled = self.pooled(input_ids, attention_mask, last)
+        pooled = self.pooled(input_ids, attention_mask, last, positions)
         if self.head is None:
             assert self.answers is not None
             return F.linear(pooled, self.answers).float()
         logits: Tensor = self.head(pooled.float())
         return logits
 
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
+    def pooled(
+        self, input_ids: Tensor, attention_mask: Tensor, last: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """The state that the score is read from, [batch, width]: the last position's, or an encoder's mean.
 
         Args:
             input_ids: int64 [batch, length], right-padded.
             attention_mask: int64 [batch, length].
-            last: int64 [batch], position of each row's last token.
+            last: int64 [batch], position of each row's last token; of a packed row, of each sample's.
+            positions: place of each token in its sample, int64 [1, length], if all samples are in one row (packed). A
+                causal model's attention is kept within the samples by them.
         """
+        if positions is not None:
+            packed = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+            state: Tensor = packed[0, last]
+            return state
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options()).last_hidden_state
         if self.head is None:
             last_state: Tensor = hidden[torch.arange(len(last), device=last.device), last]

@@ -1,13 +1,16 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain, pairwise
 
 from reclora_dist.config.schema import (
     Config,
     CrmConfig,
+    EngineConfig,
     EvaluateConfig,
+    FinderConfig,
     LoraConfig,
+    RayConfig,
     StudyConfig,
     SynthesiseConfig,
     TrainConfig,
@@ -40,6 +43,18 @@ def check_config(config: Config) -> None:
     _check_evaluate(config.evaluate)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     check_sizes(config.lora_train, config.ray.workers, "lora_train")
+    if 0 < config.lora_train.micro_tokens < config.prompt.max_tokens:
+        raise ValueError(
+            f"lora_train.micro_tokens {config.lora_train.micro_tokens} holds no prompt of prompt.max_tokens "
+            f"{config.prompt.max_tokens}; raise the one or lower the other"
+        )
+    if config.lora_train.packing and config.backbone.kind == "encoder":
+        raise ValueError(
+            "lora_train.packing needs a causal backbone, not an encoder; use lora_train.micro_tokens alone"
+        )
+    check_engine(config.engine, config.backbone.dtype)
+    check_ray(config.ray)
+    check_finder(config.finder, config.adapters)
 
 
 def shuffled_names(config: Config) -> dict[str, str]:
@@ -129,17 +144,88 @@ def _check_evaluate(config: EvaluateConfig) -> None:
 
 
 def check_sizes(config: TrainConfig, workers: int, section: str) -> None:
-    """Refuse batch sizes that do not divide.
+    """Refuse sizes of a training that cannot work.
+
+    Args:
+        workers: the most there may be.
 
     Raises:
-        ValueError: batch_size is no multiple of the workers, or of workers times micro_batch.
+        ValueError: names the setting, its value and the remedy.
     """
-    unit = max(1, workers) * (config.micro_batch or 1)
-    if config.batch_size % unit:
+    if config.batch_size < max(1, workers):
         raise ValueError(
-            f"{section}.batch_size {config.batch_size} is not a multiple of {unit} (workers x micro_batch); "
-            f"take {config.batch_size // unit * unit or unit}"
+            f"{section}.batch_size {config.batch_size} leaves some of {workers} workers without a sample; take at "
+            f"least {max(1, workers)}, or fewer workers"
         )
+    least = {"epochs": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1, "micro_batch": 0, "micro_tokens": 0}
+    least |= {"patience": 0, "validate_every": 0, "storage_patience": 0, "clip": 0, "weight_decay": 0}
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value < bound:
+            raise ValueError(f"{section}.{name} {value} must be at least {bound}")
+    if config.lr <= 0:
+        raise ValueError(f"{section}.lr {config.lr} must be above 0")
+    if config.micro_batch and config.micro_tokens:
+        raise ValueError(f"{section} has both micro_batch and micro_tokens; set one of them to 0")
+
+
+def check_engine(engine: EngineConfig, dtype: str) -> None:
+    """Refuse an engine's settings that do not go together.
+
+    Args:
+        dtype: the backbone's type.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    places = {"offload_optimizer": engine.offload_optimizer, "offload_parameters": engine.offload_parameters}
+    used = {name: place for name, place in places.items() if place != "none"}
+    if engine.kind == "torch":
+        for name, place in used.items():
+            raise ValueError(f"engine.{name} {place!r} needs DeepSpeed; set engine.kind=deepspeed")
+        if dtype == "float16":
+            raise ValueError(
+                "backbone.dtype float16 needs a scaled loss, which engine.kind torch does not have; take bfloat16, or "
+                "engine.kind=deepspeed"
+            )
+    for name, place in used.items():
+        needed = 3 if name == "offload_parameters" or place == "nvme" else 1
+        if engine.zero_stage < needed:
+            raise ValueError(
+                f"engine.{name} {place!r} needs engine.zero_stage {needed} or higher, not {engine.zero_stage}"
+            )
+        if place == "nvme" and not engine.nvme_path:
+            raise ValueError(f"engine.{name} is 'nvme', but engine.nvme_path is empty; give a folder on a local disk")
+
+
+def check_finder(finder: FinderConfig, adapters: Collection[str]) -> None:
+    """Refuse a range test that cannot work.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    if finder.stage != "crm" and finder.stage not in adapters:
+        raise ValueError(f"finder.stage names {finder.stage!r}; there are: {', '.join(['crm', *sorted(adapters)])}")
+    if not 0 < finder.low < finder.high or finder.steps < 3:
+        raise ValueError(
+            f"finder goes from {finder.low} to {finder.high} in {finder.steps} steps; it needs 0 < low < high and "
+            "at least 3"
+        )
+
+
+def check_ray(ray: RayConfig) -> None:
+    """Refuse numbers of workers that make no sense.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    if ray.workers < 0 or ray.min_workers < 0 or ray.max_failures < 0:
+        raise ValueError(
+            f"ray.workers {ray.workers}, ray.min_workers {ray.min_workers} and ray.max_failures {ray.max_failures} "
+            "must not be negative"
+        )
+    if ray.min_workers > ray.workers:
+        raise ValueError(f"ray.min_workers {ray.min_workers} is above ray.workers {ray.workers}, which is the maximum")
 
 
 def check_study(study: StudyConfig) -> None:

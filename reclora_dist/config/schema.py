@@ -7,11 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 
-def knob(default: Any, text: str) -> Any:
-    """A dataclass field with a default and a sentence of documentation."""
+def knob(default: Any, text: str, means: bool = True) -> Any:
+    """A dataclass field with a default and a sentence of documentation.
+
+    Args:
+        means: whether a stage's output means something else under another value; an output stays up to date, and a
+            checkpoint is taken up, under any value of a field that says how work is done, not what.
+    """
+    metadata = {"help": text, "means": means}
     if isinstance(default, dict | list) or callable(default):
-        return field(default_factory=default if callable(default) else lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default if callable(default) else lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class Section:
@@ -200,7 +206,9 @@ class BackboneConfig(Section):
         "tiny", "tiny: trained by the `backbone` stage; causal or encoder: any transformers model"
     )
     path: str = knob("", "local folder or hub id of the model; empty for tiny")
-    dtype: Literal["float32", "bfloat16"] = knob("float32", "type of the frozen weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = knob(
+        "float32", "type of the frozen weights and of the computation; float16 needs DeepSpeed, which scales the loss"
+    )
     targets: tuple[str, ...] = knob(
         ("q_proj", "v_proj"),
         "linear layers that get an adapter: last names or ends of full names (self_attn.q_proj); all-linear: all of "
@@ -270,7 +278,20 @@ class TrainConfig(Section):
     """One training run."""
 
     batch_size: int = knob(1024, "samples per optimiser step, over all workers")
-    micro_batch: int = knob(0, "samples per forward pass of a worker; 0: batch_size over workers at once")
+    micro_batch: int = knob(
+        0, "samples per forward pass of a worker, at most; 0: all that a worker has of a step", means=False
+    )
+    micro_tokens: int = knob(
+        0,
+        "fine-tuning: padded tokens per forward pass of a worker, at most, of samples of similar length; 0: no bound",
+        means=False,
+    )
+    packing: bool = knob(
+        False,
+        "fine-tuning of a causal model: the samples of a forward pass in one row, each attending to itself alone, "
+        "without padding",
+        means=False,
+    )
     epochs: int = knob(1, "passes over the training split")
     lr: float = knob(2e-3, "peak learning rate")
     bank_lr: float = knob(0.0, "peak learning rate of the meta-LoRAs; 0: lr")
@@ -279,9 +300,14 @@ class TrainConfig(Section):
     warmup: float = knob(0.02, "share of the steps with rising learning rate")
     final_lr: float = knob(0.1, "learning rate at the last step, as a share of the peak (linear decay)")
     clip: float = knob(1.0, "largest gradient norm; 0: unbounded")
-    checkpoint_every: int = knob(200, "steps between checkpoints")
     validate_every: int = knob(0, "steps between validations; 0: once per epoch")
-    log_every: int = knob(20, "steps between log lines and metrics")
+    patience: int = knob(0, "end after so many validations without a better AUC; 0: never")
+    checkpoint_every: int = knob(200, "steps between checkpoints", means=False)
+    keep: int = knob(2, "newest checkpoints that are kept; each holds the best parameters so far, too", means=False)
+    storage_patience: float = knob(
+        300.0, "seconds for which a checkpoint that cannot be written is tried again", means=False
+    )
+    log_every: int = knob(20, "steps between log lines and metrics", means=False)
     seed: int = knob(0, "seed of initialisation, order and dropout")
 
 
@@ -334,11 +360,29 @@ class LoraConfig(Section):
 
 
 @dataclass(frozen=True)
+class FinderConfig(Section):
+    """The range test of learning rates (``cli.learning_rate``)."""
+
+    stage: str = knob("crm", "crm, or the name of an adapter")
+    low: float = knob(1e-6, "first learning rate")
+    high: float = knob(1.0, "last learning rate; it ends before, when the loss has grown fourfold")
+    steps: int = knob(100, "steps from the one to the other, in equal ratios")
+
+
+@dataclass(frozen=True)
 class EngineConfig(Section):
     """The optimiser engine of the fine-tuning."""
 
     kind: Literal["deepspeed", "torch"] = knob("deepspeed", "DeepSpeed ZeRO, or plain torch with DDP")
     zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage; 2 while the frozen base fits one device")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = knob(
+        "none",
+        "where the optimiser's state lives: with the model, in the host's memory (ZeRO 1 to 3), on disk (ZeRO 3)",
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] = knob(
+        "none", "ZeRO 3: where a worker's share of the parameters lives between its uses"
+    )
+    nvme_path: str = knob("", "folder on a local NVMe disk for what is offloaded there")
 
 
 @dataclass(frozen=True)
@@ -347,6 +391,11 @@ class RayConfig(Section):
 
     address: str = knob("", "address of a running cluster; empty: RAY_ADDRESS, else a cluster for this process")
     workers: int = knob(2, "training workers; 0: in this process, without Ray (for debugging)")
+    min_workers: int = knob(
+        0,
+        "go on with as few workers as this when nodes are lost, and with more when they are back; 0: always `workers`",
+    )
+    max_failures: int = knob(3, "failures in a row without a new checkpoint after which training gives up")
     cpus_per_worker: float = knob(1, "CPUs reserved per worker")
     gpus_per_worker: float = knob(0, "GPUs reserved per worker")
     threads: int = knob(1, "torch threads per worker")
@@ -359,7 +408,20 @@ class ReaderConfig(Section):
     """How training reads shards."""
 
     kind: Literal["arrow", "petastorm"] = knob("arrow", "row-group reader")
-    prefetch: int = knob(2, "row groups read ahead")
+    prefetch: int = knob(2, "row groups read ahead, and steps of batches made ahead, by threads; 0: none")
+    crm_states: Literal["computed", "stored"] = knob(
+        "computed",
+        "fine-tuning: ask the CRM for every batch, or for all text samples in one pass before the first step, whose "
+        "answers stay in memory",
+    )
+
+
+@dataclass(frozen=True)
+class TrackingConfig(Section):
+    """Who is told of a training's course, beside Prometheus and the log."""
+
+    tensorboard: bool = knob(True, "write event files to tensorboard/ of the run")
+    mlflow: str = knob("", "tracking URI of an MLflow server or folder (needs the extra `mlflow`); empty: none")
 
 
 @dataclass(frozen=True)
@@ -459,9 +521,11 @@ class Config(Section):
     crm_train: TrainConfig = knob(TrainConfig, "its training")
     adapters: dict[str, LoraConfig] = knob(dict, "the adapters to fine-tune, by name")
     lora_train: TrainConfig = knob(TrainConfig, "their training")
+    finder: FinderConfig = knob(FinderConfig, "range test of learning rates")
     engine: EngineConfig = knob(EngineConfig, "DeepSpeed")
     ray: RayConfig = knob(RayConfig, "cluster and workers")
     reader: ReaderConfig = knob(ReaderConfig, "shard reader")
+    tracking: TrackingConfig = knob(TrackingConfig, "course of a training")
     evaluate: EvaluateConfig = knob(EvaluateConfig, "metrics")
     compare: tuple[tuple[str, str], ...] = knob((), "pairs of models whose difference is reported, better one first")
     serve: ServeConfig = knob(ServeConfig, "service")

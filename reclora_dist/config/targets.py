@@ -4,11 +4,11 @@ Light on purpose: a run that has nothing to do asks here, and imports no model l
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from reclora_dist.config.run import folder, manifest
-from reclora_dist.config.schema import Config
+from reclora_dist.config.schema import Config, Section
 from reclora_dist.contract.manifest import FileEntry, Format, Manifest, commit, digest, is_current
 from reclora_dist.contract.schema import ADAPTER, BACKBONE, CRM, EVALUATION, EVENTS, SERVICE, SHARDS, VECTORS
 from reclora_dist.contract.storage import Folder
@@ -42,6 +42,11 @@ class Target:
         )
 
 
+def meaning(section: Section) -> dict[str, Any]:
+    """The settings of a section that say what is made; the others (see ``knob``) say how."""
+    return {f.name: getattr(section, f.name) for f in fields(section) if f.metadata["means"]}  # type: ignore[arg-type]
+
+
 def backbone_target(config: Config) -> Target:
     """The tiny backbone."""
     parents = _digests(config, {"events": EVENTS})
@@ -58,16 +63,16 @@ def vectors_target(config: Config) -> Target:
 
 
 def crm_target(config: Config) -> Target:
-    """The trained CRM."""
-    used = digest([config.crm, config.crm_train, config.ray.workers])
+    """The trained CRM, whatever the number of workers: it decides only in which order the samples come."""
+    used = digest([config.crm, meaning(config.crm_train)])
     return Target(folder(config, "crm"), CRM, used, _digests(config, {"shards": SHARDS}))
 
 
 def adapter_target(config: Config, name: str) -> Target:
-    """The trained adapter ``name``."""
+    """The trained adapter ``name``, whatever the engine and the number of workers."""
     parents = {"shards": SHARDS, "crm": CRM} | ({"backbone": BACKBONE} if config.backbone.kind == "tiny" else {})
-    own = [name, config.adapters[name], config.backbone, config.prompt, config.lora_train, config.engine]
-    used = digest([*own, config.ray.workers])
+    own = [name, config.adapters[name], config.backbone, config.prompt]
+    used = digest([*own, meaning(config.lora_train)])
     return Target(folder(config, f"adapters/{name}"), ADAPTER, used, _digests(config, parents))
 
 

@@ -35,6 +35,20 @@ class CrmBatch:
     def __len__(self) -> int:
         return int(self.sample_id.shape[0])
 
+    @property
+    def size(self) -> int:
+        """What the work of a forward pass grows with: B."""
+        return len(self)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text: none."""
+        return 0
+
+    def take(self, rows: torch.Tensor) -> "CrmBatch":
+        """The samples ``rows``, int64 [n]."""
+        return CrmBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     def to(self, device: torch.device | str) -> "CrmBatch":
         """The batch on ``device``."""
         return CrmBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})

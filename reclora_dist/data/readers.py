@@ -133,7 +133,7 @@ def read_batches(
         raise ValueError(f"prefetch {config.prefetch} is negative: use 0 to read without a thread")
     if plan.groups != row_groups(entries):
         raise ValueError(f"{folder.uri!r}: the plan was made for other files than the {len(entries)} given here")
-    expected = plan.rows - min(start_step * plan.batch, plan.rows)
+    expected = plan.rows_from(start_step)
     slices = plan.slices(start_step)
     source = row_group_reader(folder, entries, columns, config.kind)
     pieces = _prefetched(folder, entries, source, slices, config.prefetch)

@@ -40,7 +40,10 @@ class RecLora(nn.Module):
         self.fusion = Fusion(backbone.width, crm.state_width) if config.head == "fusion" else None
         if self.fusion is not None and backbone.head is not None:
             backbone.head.requires_grad_(False)  # not called any more: DDP would wait for its gradient
-        self._reads_crm = config.gate in ("crm", "user") or config.head != "answers"
+        if config.head == "offset" and backbone.head is not None:
+            nn.init.zeros_(backbone.head.weight)  # training starts at the CRM's own score
+            nn.init.zeros_(backbone.head.bias)
+        self.reads_crm = config.gate in ("crm", "user") or config.head != "answers"
         self._crm = [crm.eval().requires_grad_(False)]
 
     @property
@@ -69,7 +72,8 @@ class RecLora(nn.Module):
         """
         known = self._known(batch)
         self.conditioning.mixture = self._mixture(batch, known) if mixture is None else mixture
-        prompt = batch.input_ids, batch.attention_mask, batch.last
+        self.conditioning.segments = batch.segments
+        prompt = batch.input_ids, batch.attention_mask, batch.last, batch.positions
         if self.fusion is not None and known is not None:
             fused: Tensor = self.fusion(self.backbone.pooled(*prompt), known.state)
             return fused
@@ -80,9 +84,12 @@ class RecLora(nn.Module):
 
     @torch.no_grad()
     def _known(self, batch: TextBatch) -> CrmOutput | None:
-        """What the CRM says of a batch; None if neither gate nor head reads it."""
-        if not self._reads_crm:
+        """What the CRM says of a batch, or said before; None if neither gate nor head reads it."""
+        if not self.reads_crm:
             return None
+        if batch.answers:
+            state, logit, user_state = batch.answers
+            return CrmOutput(state, logit, lambda: user_state)
         output: CrmOutput = self.crm(batch.crm)
         return output
 

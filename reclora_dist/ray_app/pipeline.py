@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.storage import Folder
 from reclora_dist.ray_app.meters import RayMeters
+from reclora_dist.ray_app.record import write_record
 from reclora_dist.ray_app.scrape import Scraper, series_of
 from reclora_dist.ray_app.session import connect
 from reclora_dist.ray_app.spark import SparkJobs
@@ -87,6 +89,7 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
     """
     check_config(config)
     home = Folder(config.paths.run)
+    write_record(config, datetime.now(UTC).isoformat(timespec="seconds"))
     timings = _read_state(home)
     with ExitStack() as stack, PeakMemory() as memory, closing(SparkJobs(config)) as spark:
         session = Session(config, stack, spark, rates=dict(timings.get("samples_per_s", {})))
@@ -99,6 +102,22 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
             timings["peak_memory_mib"] = max(memory.mib, timings.get("peak_memory_mib", 0))
             home.write(STATE, json.dumps(timings, indent=1).encode())
     return timings
+
+
+def find_learning_rate(config: Config) -> None:
+    """Run the range test of ``config.finder`` on the run's shards.
+
+    Raises:
+        ValueError: the config does not fit together.
+    """
+    check_config(config)
+    from reclora_dist.ray_app.trainer import train_stage
+
+    adapter = "" if config.finder.stage == "crm" else config.finder.stage
+    with ExitStack() as stack:
+        if config.ray.workers:
+            stack.enter_context(connect(config.ray))
+        train_stage(config, "learning_rate", adapter)
 
 
 def plan(config: Config) -> list[Stage]:

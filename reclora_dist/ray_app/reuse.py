@@ -44,7 +44,7 @@ def reuse_stages(config: Config, siblings: Sequence[str]) -> list[str]:
     taken = []
     for stage in plan(config):
         target = _target(config, stage)
-        if target is None or target.is_current:
+        if target is None or target.is_current or (config.study.split == "training" and _is_trained(stage)):
             continue
         name = Path(target.folder.local()).relative_to(Folder(config.paths.run).local()).as_posix()
         donors = (Folder(sibling).child(name) for sibling in siblings)
@@ -53,6 +53,11 @@ def reuse_stages(config: Config, siblings: Sequence[str]) -> list[str]:
             _link(donor, target)
             taken.append(stage.name)
     return taken
+
+
+def _is_trained(stage: Stage) -> bool:
+    """Whether the stage trains a model: what it costs is not reused where that is the question."""
+    return stage.name.partition(" ")[0] in ("crm", "adapter")
 
 
 def _target(config: Config, stage: Stage) -> Target | None:

@@ -34,6 +34,7 @@ def write_summary(config: Config, timings: Mapping[str, Any]) -> dict[str, Any]:
         if d.metric == "auc":
             interval = {key: round(getattr(d.interval, key), 6) for key in ("mean", "low", "high")}
             summary[f"{d.better}_minus_{d.than}"] = interval
+    summary["training"] = _training(config)
     summary["seconds"] = timings.get("seconds", {})
     summary["peak_memory_mib"] = timings.get("peak_memory_mib", 0)
     notes = [SAME_ROWS] + ([PLANTED] if config.synthesise else [])
@@ -44,6 +45,13 @@ def write_summary(config: Config, timings: Mapping[str, Any]) -> dict[str, Any]:
     home.write("summary.json", json.dumps(summary, indent=1).encode())
     _print_table(config, summary, [model.name for model in models])
     return summary
+
+
+def _training(config: Config) -> dict[str, Any]:
+    """What the training of each stage cost, as far as it was trained in this run folder."""
+    home = folder(config, "training")
+    names = [name for name in ("crm", *config.adapters) if home.exists(f"{name}.json")]
+    return {name: json.loads(home.read(f"{name}.json")) for name in names}
 
 
 def _print_table(config: Config, summary: Mapping[str, Any], models: list[str]) -> None:

@@ -37,6 +37,36 @@ TRAIN_STEP_SECONDS = Metric(
     "reclora_train_step_seconds", "histogram", "seconds per optimiser step", ("stage",), _STEP_SECONDS
 )
 TRAIN_VALIDATION_AUC = Metric("reclora_train_validation_auc", "gauge", "AUC of the last validation", ("stage",))
+TRAIN_TOKENS_PER_SECOND = Metric(
+    "reclora_train_tokens_per_second", "gauge", "real tokens per second, over all workers; 0 without text", ("stage",)
+)
+TRAIN_DATA_WAIT_SHARE = Metric(
+    "reclora_train_data_wait_share", "gauge", "share of the time that a worker waits for data, at most", ("stage",)
+)
+TRAIN_COMMUNICATION_SHARE = Metric(
+    "reclora_train_communication_share",
+    "gauge",
+    "share of the time that an all-reduce of all trainable parameters takes, if nothing hides it",
+    ("stage",),
+)
+TRAIN_FLOPS_PER_SECOND = Metric(
+    "reclora_train_flops_per_second", "gauge", "model FLOPs per second, over all workers", ("stage",)
+)
+TRAIN_MFU = Metric(
+    "reclora_train_mfu", "gauge", "model FLOPs over those of a large matrix product on the same devices", ("stage",)
+)
+TRAIN_PEAK_MEMORY_BYTES = Metric(
+    "reclora_train_peak_memory_bytes", "gauge", "peak memory of the worker with the most: device or process", ("stage",)
+)
+TRAIN_SLOWEST_WORKER = Metric(
+    "reclora_train_slowest_worker",
+    "gauge",
+    "time of the slowest worker's data and forward passes over the others' median",
+    ("stage",),
+)
+TRAIN_FAILURES = Metric(
+    "reclora_train_failures", "gauge", "times that the workers were lost and started again in this training", ("stage",)
+)
 TRAIN_GATE_ENTROPY = Metric(
     "reclora_train_gate_entropy", "gauge", "mean entropy of the gates' mixtures, as a share of log K", ("stage",)
 )
@@ -82,6 +112,14 @@ ALL = (
     TRAIN_GRADIENT_NORM,
     TRAIN_STEP_SECONDS,
     TRAIN_VALIDATION_AUC,
+    TRAIN_TOKENS_PER_SECOND,
+    TRAIN_DATA_WAIT_SHARE,
+    TRAIN_COMMUNICATION_SHARE,
+    TRAIN_FLOPS_PER_SECOND,
+    TRAIN_MFU,
+    TRAIN_PEAK_MEMORY_BYTES,
+    TRAIN_SLOWEST_WORKER,
+    TRAIN_FAILURES,
     TRAIN_GATE_ENTROPY,
     TRAIN_GATE_WEIGHT,
     TRAIN_GATE_LARGEST,
@@ -93,6 +131,22 @@ ALL = (
     SERVE_CANDIDATES,
     *SPARK,
 )
+
+
+TRAINING = {
+    "loss": TRAIN_LOSS,
+    "gradient_norm": TRAIN_GRADIENT_NORM,
+    "learning_rate": TRAIN_LEARNING_RATE,
+    "samples_per_second": TRAIN_SAMPLES_PER_SECOND,
+    "tokens_per_second": TRAIN_TOKENS_PER_SECOND,
+    "data_wait_share": TRAIN_DATA_WAIT_SHARE,
+    "communication_share": TRAIN_COMMUNICATION_SHARE,
+    "flops_per_second": TRAIN_FLOPS_PER_SECOND,
+    "mfu": TRAIN_MFU,
+    "peak_memory_bytes": TRAIN_PEAK_MEMORY_BYTES,
+    "slowest_worker": TRAIN_SLOWEST_WORKER,
+}
+"""The gauge of every figure of a step, by the figure's name in summaries and records."""
 
 
 def series(metric: Metric) -> tuple[str, ...]:

@@ -1,17 +1,22 @@
 """Resumable checkpoints: safetensors and JSON, no pickle; the newest complete one counts."""
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from reclora_dist.contract.manifest import ContractError, Manifest, add_file, commit, read_manifest, verified
 from reclora_dist.contract.schema import CHECKPOINT
-from reclora_dist.contract.storage import Folder
+from reclora_dist.contract.storage import Folder, StorageFullError
 
-KEEP = 2
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
+"""How long a failed writing waits before it is tried again: twice as long each time, up to a bound."""
 
 
 @dataclass(frozen=True)
@@ -30,47 +35,117 @@ class CheckpointStore:
 
     folder: Folder
     config_digest: str
+    keep: int = 2
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then drop all but the newest ``KEEP``."""
+        """Write a checkpoint, then drop all but the newest ``keep``."""
         place = self.folder.child(_name(checkpoint.step))
         files = [add_file(place, "state.safetensors", save(dict(checkpoint.state)))]
         if checkpoint.best:
             files.append(add_file(place, "best.safetensors", save(dict(checkpoint.best))))
         facts = {"step": checkpoint.step, "progress": dict(checkpoint.progress)}
         commit(place, Manifest(CHECKPOINT.name, CHECKPOINT.version, self.config_digest, {}, tuple(files), facts))
-        for step in self.steps()[:-KEEP]:
+        for step in self.steps()[: -self.keep]:
             self.folder.fs.rm(self.folder.path(_name(step)), recursive=True)
+
+    @contextlib.contextmanager
+    def writer(self, patience: float, say: Callable[[str], None]) -> Iterator["Writer"]:
+        """Saves checkpoints beside the training; at the end of the block all of them are written.
+
+        Args:
+            patience: seconds for which a writing that fails is tried again.
+            say: takes a line about a writing that failed.
+
+        Raises:
+            OSError: the storage failed for longer than that; raised at the next checkpoint or at the end.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as pool:
+            writer = Writer(self, pool, patience, say)
+            yield writer
+            writer.wait()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         names = {name.partition("/")[0] for name in self.folder.files() if name.endswith("/manifest.json")}
         return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
 
-    def latest(self) -> Checkpoint | None:
-        """The newest checkpoint; None where there is none.
+    def latest(self, say: Callable[[str], None] = print) -> Checkpoint | None:
+        """The newest checkpoint that is whole; None where there is none.
+
+        Args:
+            say: takes a line about one that is passed over, because it is damaged.
 
         Raises:
-            ContractError: it is damaged, or of another model, config or input.
+            ContractError: all are damaged, or it is of another model, config or input.
         """
-        steps = self.steps()
-        if not steps:
-            return None
-        place = self.folder.child(_name(steps[-1]))
-        manifest = read_manifest(place, CHECKPOINT)
+        damage = None
+        for step in reversed(self.steps()):
+            try:
+                return self._read(step)
+            except Damaged as error:
+                damage = error
+                say(f"checkpoint of step {step} is damaged and passed over: {error}")
+        if damage:
+            raise damage
+        return None
+
+    def _read(self, step: int) -> Checkpoint:
+        place = self.folder.child(_name(step))
+        try:
+            manifest = read_manifest(place, CHECKPOINT)
+            tensors = {entry.path: load(verified(place, entry)) for entry in manifest.files}
+        except (ContractError, SafetensorError) as error:
+            raise Damaged(str(error)) from error
         if manifest.config_digest != self.config_digest:
             raise ContractError(
                 f"{place.uri!r} was written for config {manifest.config_digest[:12]}…, this run has "
                 f"{self.config_digest[:12]}…: it is of another model or data. Use another run folder or delete it."
             )
-        tensors = {entry.path: load(verified(place, entry)) for entry in manifest.files}
         best = tensors.get("best.safetensors", {})
-        return Checkpoint(steps[-1], tensors["state.safetensors"], best, manifest.facts["progress"])
+        return Checkpoint(step, tensors["state.safetensors"], best, manifest.facts["progress"])
 
     def clear(self) -> None:
         """Remove every checkpoint; the stage's output is complete."""
         if self.folder.exists(""):
             self.folder.fs.rm(self.folder.path(), recursive=True)
+
+
+class Damaged(ContractError):
+    """A checkpoint's files are not what its manifest says."""
+
+
+class Writer:
+    """Writes one checkpoint at a time, in a thread of its own."""
+
+    def __init__(
+        self, store: CheckpointStore, pool: ThreadPoolExecutor, patience: float, say: Callable[[str], None]
+    ) -> None:
+        self._store, self._pool, self._patience, self._say = store, pool, patience, say
+        self._pending: Future[None] | None = None
+
+    def submit(self, checkpoint: Checkpoint) -> None:
+        """Write ``checkpoint`` soon; waits for the one before, and raises what went wrong there."""
+        self.wait()
+        self._pending = self._pool.submit(self._save, checkpoint)
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        deadline, wait = time.monotonic() + self._patience, FIRST_WAIT_S
+        while True:
+            try:
+                self._store.save(checkpoint)
+                return
+            except (OSError, StorageFullError) as error:
+                if time.monotonic() + wait > deadline:
+                    raise
+                self._say(f"checkpoint of step {checkpoint.step}: {error}; trying again in {wait:.0f} s")
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
 
 
 def _name(step: int) -> str:

@@ -17,15 +17,23 @@ def _ignore(metrics: Mapping[str, float]) -> None:
     """Nobody listens."""
 
 
+def _forget(step: int, values: Mapping[str, float]) -> None:
+    """Nobody keeps a record."""
+
+
 @dataclass(frozen=True)
 class Context:
-    """Rank, world and device of this worker; ``report`` takes validation metrics and is called by all ranks."""
+    """Rank, world and device of this worker.
+
+    ``report`` takes validation metrics and is called by all ranks; ``record`` takes the figures of a step.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     meters: Meters = field(default_factory=NullMeters)
     report: Callable[[Mapping[str, float]], None] = _ignore
+    record: Callable[[int, Mapping[str, float]], None] = _forget
 
     @property
     def leads(self) -> bool:

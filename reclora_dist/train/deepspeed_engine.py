@@ -4,18 +4,22 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from reclora_dist.config.schema import EngineConfig, TrainConfig
 from reclora_dist.train.context import Context
 from reclora_dist.train.engine import (
     MOMENTS,
     Loss,
+    LossSum,
+    MicroBatch,
     State,
     StepResult,
     collect_state,
@@ -23,6 +27,7 @@ from reclora_dist.train.engine import (
     set_learning_rates,
     trainable,
 )
+from reclora_dist.train.stopwatch import Stopwatch
 
 # On CPU DeepSpeed would compile an all-reduce in shared memory, which takes a compiler and a minute; only its inference
 # calls it.
@@ -43,14 +48,19 @@ class DeepSpeedEngine:
         config: TrainConfig,
         engine: EngineConfig,
         context: Context,
-        bfloat16: bool,
+        dtype: str,
     ) -> None:
-        per_worker = config.batch_size // context.world
-        micro = config.micro_batch or per_worker
+        if not distributed.is_initialized():  # one process, in the debugger
+            distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")
         deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo", verbose=False)
-        settings = deepspeed_config(engine, micro, per_worker // micro, config.clip, bfloat16)
+        settings = deepspeed_config(engine, config, dtype)
+        buffers = _float_buffers(model)
         # torch's own AdamW is passed in: naming it in the config would compile a fused one first
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=settings)
+        for module, name, buffer in buffers:
+            # in half precision DeepSpeed casts them as well, and rounded frequencies turn positions
+            setattr(module, name, buffer.to(self._engine.device))
         self._loss = loss
         self._stage = engine.zero_stage
 
@@ -67,17 +77,20 @@ class DeepSpeedEngine:
         inner: torch.optim.Optimizer = getattr(outer, "optimizer", outer)
         return inner
 
-    def step(self, micro_batches: Sequence[Any], scale: float) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], scale: float) -> StepResult:
         """See ``Engine.step``."""
         self._engine.train()
         set_learning_rates(self._optimiser, scale)
-        total = 0.0
-        for batch in micro_batches:
-            loss = self._loss(self._engine(batch), batch)
-            self._engine.backward(loss)
-            self._engine.step()
-            total += loss.item() / len(micro_batches)
-        return StepResult(total, float(self._engine.get_global_grad_norm() or 0.0))
+        sums, watch = LossSum(), Stopwatch(self._engine.device)
+        for batch, share in micro_batches:
+            with watch:
+                loss = self._loss(self._engine(batch), batch)
+            self._engine.backward(loss * share, scale_wrt_gas=False)
+            sums.add(loss, share)
+        before = self._engine.skipped_steps
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        return StepResult(sums.mean, norm, watch.seconds, self._engine.skipped_steps > before)
 
     def state(self) -> State:
         """See ``Engine.state``."""
@@ -91,10 +104,9 @@ class DeepSpeedEngine:
                 state[f"{moment}/{name}"] = _whole(safe_get_full_optimizer_state(parameter, moment), name)
         return state
 
-    def restore(self, state: Mapping[str, Tensor], steps: int, batch: Any) -> None:
+    def restore(self, state: Mapping[str, Tensor], steps: int, batch: MicroBatch) -> None:
         """See ``Engine.restore``."""
-        accumulation = self._engine.gradient_accumulation_steps()
-        self.step([batch] * accumulation, scale=0.0)  # makes the moments; at learning rate 0 no parameter moves
+        self.step([batch], scale=0.0)  # makes the moments; at learning rate 0 no parameter moves
         if self._stage == 0:
             restore_moments(self._engine.module, self._optimiser, state, steps)
             return
@@ -114,19 +126,42 @@ class DeepSpeedEngine:
             outer._lazy_init_hp_params_optimizer_state()
 
 
-def deepspeed_config(
-    engine: EngineConfig, micro_batch: int, accumulation: int, clip: float, bfloat16: bool
-) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration.
+
+    The caller sets the end of a step by calling ``step``, so a step may have any number of micro-batches of any size;
+    the size that DeepSpeed asks for only enters what it prints.
+    """
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": False},
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.clip,
+        "zero_optimization": zero_config(engine),
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bfloat16},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
         "steps_per_print": 10**9,
     }
+
+
+def zero_config(engine: EngineConfig) -> dict[str, Any]:
+    """The part of DeepSpeed's configuration that is about partitions and where they live."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False}
+    places = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+    for key, place in places.items():
+        if place != "none":
+            zero[key] = {"device": place} | ({"nvme_path": engine.nvme_path} if place == "nvme" else {})
+    return zero
+
+
+def _float_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
 
 
 def _whole(value: Tensor | None, name: str) -> Tensor:

@@ -1,8 +1,9 @@
 """One optimiser step, whoever takes it: plain torch here, DeepSpeed in its own module."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from reclora_dist.config.schema import TrainConfig
 from reclora_dist.train.context import Context
+from reclora_dist.train.stopwatch import Stopwatch
 
 Loss = Callable[[Any, Any], Tensor]
 """(model output, batch) -> scalar mean loss."""
@@ -20,12 +22,28 @@ State = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class MicroBatch(NamedTuple):
+    """The input of one forward pass.
+
+    ``share`` is what the mean loss of its rows counts in this worker's loss: rows over rows of a worker's mean step, so
+    that the mean of the workers' gradients is the gradient of the mean over all rows, however they are divided.
+    """
+
+    batch: Any
+    share: float
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss of this worker's samples and the norm of the gradient before clipping."""
+    """Mean loss of this worker's samples, norm of the gradient before clipping, seconds of the forward passes.
+
+    ``skipped``: no parameter moved, because half precision overflowed; the scale of the loss was lowered.
+    """
 
     loss: float
     gradient_norm: float
+    forward_seconds: float = 0.0
+    skipped: bool = False
 
 
 class Engine(Protocol):
@@ -35,13 +53,13 @@ class Engine(Protocol):
     def model(self) -> nn.Module:
         """What to call for a forward pass."""
 
-    def step(self, micro_batches: Sequence[Any], scale: float) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], scale: float) -> StepResult:
         """Accumulate the gradients of the micro-batches and update; learning rates are ``scale`` times their peaks."""
 
     def state(self) -> State:
         """Parameters and moments; every rank calls it and gets the same."""
 
-    def restore(self, state: Mapping[str, Tensor], steps: int, batch: Any) -> None:
+    def restore(self, state: Mapping[str, Tensor], steps: int, batch: MicroBatch) -> None:
         """Take up a saved state after ``steps`` updates; the parameters were loaded before the engine was built.
 
         Args:
@@ -110,27 +128,51 @@ class TorchEngine:
         """The bare model: evaluation passes need no gradient synchronisation."""
         return self._bare
 
-    def step(self, micro_batches: Sequence[Any], scale: float) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], scale: float) -> StepResult:
         """See ``Engine.step``."""
         self._bare.train()
-        total = 0.0
-        for batch in micro_batches:
-            loss = self._loss(self._model(batch), batch) / len(micro_batches)
-            loss.backward()
-            total += loss.item()
+        sums, watch = LossSum(), Stopwatch(next(self._bare.parameters()).device)
+        for number, (batch, share) in enumerate(micro_batches, 1):
+            with nullcontext() if number == len(micro_batches) else self._alone():
+                with watch:
+                    loss = self._loss(self._model(batch), batch)
+                (loss * share).backward()
+            sums.add(loss, share)
         norm = nn.utils.clip_grad_norm_(trainable(self._bare).values(), self._clip)
-        set_learning_rates(self._optimiser, scale)
-        self._optimiser.step()
+        if torch.isfinite(norm):
+            set_learning_rates(self._optimiser, scale)
+            self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
-        return StepResult(total, float(norm))
+        return StepResult(sums.mean, float(norm), watch.seconds)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Gradients stay with this worker: they are averaged with those of the step's last micro-batch."""
+        model = self._model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def state(self) -> State:
         """See ``Engine.state``."""
         return collect_state(self._bare, self._optimiser)
 
-    def restore(self, state: Mapping[str, Tensor], steps: int, batch: Any) -> None:
+    def restore(self, state: Mapping[str, Tensor], steps: int, batch: MicroBatch) -> None:
         """See ``Engine.restore``."""
         restore_moments(self._bare, self._optimiser, state, steps)
+
+
+class LossSum:
+    """Mean loss of a step's micro-batches."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, float]] = []
+
+    def add(self, loss: Tensor, share: float) -> None:
+        """Take the mean loss of a micro-batch."""
+        self._parts.append((loss.detach(), share))
+
+    @property
+    def mean(self) -> float:
+        """Weighted by the micro-batches' shares; waits for the device, once."""
+        return sum(loss.item() * share for loss, share in self._parts) / sum(share for _, share in self._parts)
 
 
 def set_learning_rates(optimiser: torch.optim.Optimizer, scale: float) -> None:

@@ -2,21 +2,24 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reclora_dist.config.schema import TrainConfig
+from reclora_dist.data.plan import Stretch
 from reclora_dist.lora.gate import GateUse
 from reclora_dist.telemetry import names
-from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
+from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore, Writer
 from reclora_dist.train.context import Context
-from reclora_dist.train.engine import Engine, StepResult, schedule
+from reclora_dist.train.engine import Engine, MicroBatch, schedule
+from reclora_dist.train.errors import diverged, is_out_of_memory, out_of_memory
+from reclora_dist.train.pace import Pace
 
-MicroBatches = Sequence[Any]
+MicroBatches = Sequence[MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,39 @@ class Task:
     name: str
     engine: Engine
     steps_per_epoch: int
-    batches: Callable[[int, int], Iterator[MicroBatches]]
-    """(epoch, first step) -> the micro-batches of every step from there on."""
+    batches: Callable[[int, int, Sequence[Stretch]], Generator[MicroBatches, None, None]]
+    """(epoch, first step, what other numbers of workers did of it) -> the micro-batches of every step from there on."""
     validate: Callable[[], float]
     """Validation AUC; every rank calls it and gets the same number."""
+    backward: float = 2.0
+    """FLOPs of a backward pass, in forward passes: 2 where all is trained, 1 where nearly all is frozen."""
     gate_use: Callable[[], GateUse] | None = None
     """How the gates used the experts in the last micro-batch; None where there is no choice."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Where a run stands; saved with every checkpoint.
+
+    ``world`` workers were at it, after those of ``earlier`` (workers, steps) in the same epoch.
+    """
 
     best_auc: float = -math.inf
     best_step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    world: int = 1
+    earlier: list[tuple[int, int]] = field(default_factory=list)
+
+    def stretches(self, world: int, offset: int) -> list[Stretch]:
+        """What other numbers of workers did of an epoch that ``world`` workers go on with at step ``offset``."""
+        found = [Stretch(*stretch) for stretch in self.earlier] if offset else []
+        new = offset - sum(stretch.steps for stretch in found)
+        return [*found, Stretch(self.world, new)] if new and world != self.world else found
+
+    def is_over(self, patience: int) -> bool:
+        """Whether the last ``patience`` validations brought nothing better."""
+        later = [entry for entry in self.history if entry["step"] > self.best_step]
+        return 0 < patience <= len(later)
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,8 @@ class FitResult:
     parameters: Mapping[str, Tensor]
     progress: Progress
     steps: int
-    samples_per_second: float
+    costs: Mapping[str, float]
+    """See ``Pace.summary``."""
 
 
 def fit(
@@ -59,109 +81,112 @@ def fit(
     """Train ``task`` to the end from ``resume`` on; validation chooses the parameters that are returned.
 
     Every random draw of a step follows from (seed, step, rank), so an interrupted run continues as if it had not been.
+    Checkpoints are written beside the training; all are there when this returns.
+
+    Raises:
+        Diverged: loss or gradient is no number any more.
+        OutOfMemory: a forward or backward pass did not fit.
     """
-    total = config.epochs * task.steps_per_epoch
-    progress, best = _take_up(task, context, resume)
-    start = resume.step if resume else 0
-    clock = _Clock(task, config, context, total, start)
-    for step, micro_batches in _steps(task, config, start):
-        torch.manual_seed(hash((config.seed, step, context.rank)))
-        result = task.engine.step(micro_batches, schedule(step, total, config))
-        done = step + 1
-        clock.tick(done, result, schedule(step, total, config))
-        validated = done == total or done % (config.validate_every or task.steps_per_epoch) == 0
-        if validated:
-            best = _validate(task, context, progress, done, best)
-        if validated or done % config.checkpoint_every == 0:
-            _save(task, context, store, done, progress, best)
-    return FitResult(best, progress, total, clock.samples_per_second)
+    run = _Run(task, config, context, resume)
+    with store.writer(config.storage_patience, context.say) as writer:
+        while not run.is_over():
+            with closing(run.epoch()) as steps:
+                for micro_batches in steps:
+                    run.step(micro_batches)
+                    if run.validates:
+                        run.validate()
+                    if run.validates or run.done % config.checkpoint_every == 0:
+                        save_checkpoint(run, writer)
+                    if run.is_over():
+                        break
+    return FitResult(run.best, run.progress, run.done, run.pace.summary())
 
 
-def _take_up(task: Task, context: Context, resume: Checkpoint | None) -> tuple[Progress, Mapping[str, Tensor]]:
-    if resume is None:
-        return Progress(), {}
-    context.say(f"{task.name}: resuming after step {resume.step}")
-    first = next(task.batches(0, 0))[0]
-    task.engine.restore(resume.state, resume.step, first)
-    return Progress(**dict(resume.progress)), resume.best
+def save_checkpoint(run: "_Run", writer: Writer) -> None:
+    """Hand the state to the writer: collective, every rank takes part and rank 0 writes."""
+    state = run.task.engine.state()
+    if run.context.leads:
+        progress = {**vars(run.progress), "history": list(run.progress.history)}
+        writer.submit(Checkpoint(run.done, state, run.best, progress))
 
 
-def _steps(task: Task, config: TrainConfig, start: int) -> Iterator[tuple[int, MicroBatches]]:
-    for epoch in range(start // task.steps_per_epoch, config.epochs):
-        first = max(0, start - epoch * task.steps_per_epoch)
-        for offset, micro_batches in enumerate(task.batches(epoch, first), first):
-            yield epoch * task.steps_per_epoch + offset, micro_batches
+class _Run:
+    """A run in its course: ``done`` of ``total`` steps."""
 
+    def __init__(self, task: Task, config: TrainConfig, context: Context, resume: Checkpoint | None) -> None:
+        self.task, self.config, self.context = task, config, context
+        self.total = config.epochs * task.steps_per_epoch
+        self.progress, self.best = Progress(), dict[str, Tensor]()
+        self.done, self.earlier = 0, list[Stretch]()
+        if resume:
+            self._take_up(resume)
+        self.progress.world = context.world
+        self.pace = Pace(task.name, config, context, self.done, self.total, task.backward)
 
-def _validate(
-    task: Task, context: Context, progress: Progress, step: int, best: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """Score the validation split; return the best parameters so far."""
-    auc = task.validate()
-    progress.history.append({"step": step, "validation_auc": auc})
-    context.meters.set(names.TRAIN_VALIDATION_AUC, auc, stage=task.name)
-    context.report({"step": step, "validation_auc": auc})
-    context.say(f"{task.name}: step {step} validation AUC {auc:.4f} (best {max(auc, progress.best_auc):.4f})")
-    if auc <= progress.best_auc:
-        return best
-    progress.best_auc, progress.best_step = auc, step
-    state = task.engine.state()
-    return {name: value for name, value in state.items() if name.startswith("parameter/")}
-
-
-def _save(
-    task: Task,
-    context: Context,
-    store: CheckpointStore,
-    step: int,
-    progress: Progress,
-    best: Mapping[str, Tensor],
-) -> None:
-    state = task.engine.state()  # collective: every rank takes part, rank 0 writes
-    if context.leads:
-        store.save(Checkpoint(step, state, best, vars(progress)))
-
-
-class _Clock:
-    """Log lines and metrics of the steps."""
-
-    def __init__(self, task: Task, config: TrainConfig, context: Context, total: int, start: int) -> None:
-        self.task, self.config, self.context, self.total = task, config, context, total
-        self.first = self.last = start
-        self.begun = self.since = time.perf_counter()
+    def is_over(self) -> bool:
+        """Whether all steps are done, or validation says that more are no use."""
+        return self.done >= self.total or self.progress.is_over(self.config.patience)
 
     @property
-    def samples_per_second(self) -> float:
-        """Training samples per second over all workers, validation and checkpoints included."""
-        steps = self.last - self.first
-        return steps * self.config.batch_size / max(1e-9, time.perf_counter() - self.begun)
+    def validates(self) -> bool:
+        """Whether a validation follows the last step."""
+        return self.done == self.total or self.done % (self.config.validate_every or self.task.steps_per_epoch) == 0
 
-    def tick(self, done: int, result: StepResult, scale: float) -> None:
-        """Count a step; every ``log_every`` steps print a line and set the gauges."""
-        meters, stage = self.context.meters, self.task.name
-        meters.add(names.TRAIN_STEPS, stage=stage)
-        meters.add(names.TRAIN_SAMPLES, self.config.batch_size, stage=stage)
-        if done % self.config.log_every and done != self.total:
-            return
-        now = time.perf_counter()
-        seconds = (now - self.since) / max(1, done - self.last)
-        rate = self.config.batch_size / seconds
-        meters.observe(names.TRAIN_STEP_SECONDS, seconds, stage=stage)
-        meters.set(names.TRAIN_LOSS, result.loss, stage=stage)
-        meters.set(names.TRAIN_SAMPLES_PER_SECOND, rate, stage=stage)
-        meters.set(names.TRAIN_LEARNING_RATE, scale * self.config.lr, stage=stage)
-        meters.set(names.TRAIN_GRADIENT_NORM, result.gradient_norm, stage=stage)
-        if self.task.gate_use is not None:
-            self._show(self.task.gate_use())
-        left = seconds * (self.total - done)
-        self.context.say(
-            f"{stage}: step {done}/{self.total} loss {result.loss:.4f} {rate:,.0f} samples/s, {left:.0f} s left"
-        )
-        self.since, self.last = now, done
+    def epoch(self) -> Generator[MicroBatches, None, None]:
+        """The rest of the epoch."""
+        epoch, offset = divmod(self.done, self.task.steps_per_epoch)
+        self.earlier = self.earlier if offset else []
+        self.progress.earlier = [(stretch.world, stretch.steps) for stretch in self.earlier]
+        steps = self.task.batches(epoch, offset, self.earlier)
+        with closing(steps):
+            yield from self.pace.waits(steps)
 
-    def _show(self, use: GateUse) -> None:
-        meters, stage = self.context.meters, self.task.name
-        meters.set(names.TRAIN_GATE_ENTROPY, use.entropy, stage=stage)
-        for metric, values in ((names.TRAIN_GATE_WEIGHT, use.weight), (names.TRAIN_GATE_LARGEST, use.largest)):
-            for expert, value in enumerate(values):
-                meters.set(metric, value, stage=stage, expert=str(expert))
+    def step(self, micro_batches: MicroBatches) -> None:
+        """One update."""
+        number, engine = self.done, self.task.engine
+        self.pace.measure(engine, micro_batches)
+        torch.manual_seed(hash((self.config.seed, number, self.context.rank)))
+        scale = schedule(number, self.total, self.config)
+        try:
+            result = engine.step(micro_batches, scale)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(self.task.name, number + 1, micro_batches) from error
+        if not (math.isfinite(result.gradient_norm) or result.skipped):
+            raise diverged(self.task.name, number + 1, result, scale * self.config.lr)
+        self.done += 1
+        use = self.task.gate_use if self.pace.is_due(self.done) else None
+        self.pace.tick(self.done, micro_batches, result, scale, use() if use else None)
+
+    def validate(self) -> None:
+        """Score the validation split, and keep the parameters if they are the best so far."""
+        since, progress, name = time.perf_counter(), self.progress, self.task.name
+        auc = self.task.validate()
+        progress.history.append({"step": self.done, "validation_auc": auc})
+        self.context.meters.set(names.TRAIN_VALIDATION_AUC, auc, stage=name)
+        self.context.record(self.done, {"validation_auc": auc})
+        self.context.report({"step": self.done, "validation_auc": auc})
+        best = max(auc, progress.best_auc)
+        self.context.say(f"{name}: step {self.done} validation AUC {auc:.4f} (best {best:.4f})")
+        if auc > progress.best_auc:
+            progress.best_auc, progress.best_step = auc, self.done
+            state = self.task.engine.state()
+            self.best = {key: value for key, value in state.items() if key.startswith("parameter/")}
+        if progress.is_over(self.config.patience) and self.done < self.total:
+            self.context.say(f"{name}: no better AUC in {self.config.patience} validations, ending at step {self.done}")
+        self.pace.exclude(time.perf_counter() - since)
+
+    def _take_up(self, resume: Checkpoint) -> None:
+        name, steps, context = self.task.name, self.task.steps_per_epoch, self.context
+        self.progress, self.best = Progress(**dict(resume.progress)), dict(resume.best)
+        self.done = resume.step
+        offset = self.done % steps
+        self.earlier = self.progress.stretches(context.world, offset)
+        context.say(f"{name}: resuming after step {self.done}{self._other_world()}")
+        with closing(self.task.batches(0, 0, ())) as first:
+            self.task.engine.restore(resume.state, self.done, next(first)[0])
+
+    def _other_world(self) -> str:
+        before, now = self.progress.world, self.context.world
+        return "" if before == now else f", with {now} workers in place of {before}"

@@ -1,38 +1,41 @@
 """What a training worker does for each stage: build, fit, save. Ray starts it; tests call it directly."""
 
+import dataclasses
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from reclora_dist.backbone.load import load_backbone
 from reclora_dist.config.run import backbone_path, folder, manifest
 from reclora_dist.config.schema import Config, LoraConfig, TrainConfig
-from reclora_dist.config.targets import Target, adapter_target, backbone_target, crm_target
-from reclora_dist.contract.manifest import FileEntry, Manifest, add_file
+from reclora_dist.config.targets import adapter_target, backbone_target, crm_target
+from reclora_dist.contract.manifest import add_file
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import CRM, EVENTS, SHARDS, VECTORS
 from reclora_dist.crm.batch import CrmBatch, CrmOutput
 from reclora_dist.crm.build import Crm, add_crm, build_crm, load_crm, vocabulary_of
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
-from reclora_dist.data.plan import EpochPlan, SequentialPlan, row_groups
-from reclora_dist.data.readers import read_batches
-from reclora_dist.evaluate.auc import auc_by_group
 from reclora_dist.evaluate.scorer import crm_probability, text_collator
 from reclora_dist.lora.adapter import AdapterConfig, AdapterIdentity, Reference, save_adapter
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.gate import gate_use, imbalance
 from reclora_dist.lora.model import RecLora, parameter_role
-from reclora_dist.train.checkpoint import CheckpointStore
+from reclora_dist.telemetry.tracking import recording
+from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
 from reclora_dist.train.context import Context
+from reclora_dist.train.data import Data
 from reclora_dist.train.engine import Engine, Loss, TorchEngine, build_optimiser, load_parameters
+from reclora_dist.train.learning_rate import range_test, write_range_test
 from reclora_dist.train.loop import FitResult, Task, fit
+from reclora_dist.train.states import ask_crm, with_answers
 
 
 def train_backbone(config: Config, say: Callable[[str], None] = print) -> None:
@@ -59,62 +62,136 @@ def train_backbone(config: Config, say: Callable[[str], None] = print) -> None:
     target.commit(files, facts)
 
 
+def run_stage(config: Config, stage: str, adapter: str, context: Context) -> None:
+    """Run a stage (``crm``, ``adapter`` or ``learning_rate``) as this worker, and keep a record of it."""
+    if not context.leads:
+        _stage(config, stage, adapter, context)
+        return
+    with recording(config, adapter or "crm", dataclasses.asdict(config)) as record:
+        _stage(config, stage, adapter, dataclasses.replace(context, record=record))
+
+
+def _stage(config: Config, stage: str, adapter: str, context: Context) -> None:
+    if stage == "crm":
+        train_crm(config, context)
+    elif stage == "adapter":
+        train_adapter(config, adapter, context)
+    else:
+        find_learning_rate(config, adapter, context)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage ready to be trained."""
+
+    task: Task
+    train: TrainConfig
+    store: CheckpointStore
+    resume: Checkpoint | None
+    save: Callable[[FitResult], None]
+    """Publish what was trained."""
+
+
 def train_crm(config: Config, context: Context) -> None:
     """Train the CRM on all samples and save it at ``crm/``; validation AUC chooses the checkpoint."""
-    events, shards = manifest(config, "events", EVENTS), manifest(config, "shards", SHARDS)
-    items = read_parts(folder(config, "events"), events.select("items/"), ["item", "fields"])
-    torch.manual_seed(config.crm_train.seed)
-    model = build_crm(config.crm, events.facts, items)
-    target = crm_target(config)
-    store = _store(config, "crm", target)
-    resume = store.latest()
-    if resume:
-        load_parameters(model, resume.state)
-    optimiser = build_optimiser(model, config.crm_train)
-    engine = TorchEngine(model, optimiser, crm_loss, config.crm_train, context)
-    data = _Data(config, shards, "crm", CRM_COLUMNS, crm_batch, config.crm_train, context)
-    task = Task("crm", engine, data.steps_per_epoch, data.batches, lambda: data.auc(engine, _crm_scores))
-    result = fit(task, config.crm_train, context, store, resume)
-    if context.leads:
-        load_parameters(model, result.parameters)
-        target.commit(add_crm(target.folder, model, vocabulary_of(events.facts)), _facts(result))
-        store.clear()
+    _train(config, prepare_crm(config, context), context)
 
 
 def train_adapter(config: Config, name: str, context: Context) -> None:
     """Fine-tune the adapter ``name`` on the text samples and save it at ``adapters/<name>/``."""
+    _train(config, prepare_adapter(config, name, context), context)
+
+
+def _train(config: Config, stage: Prepared, context: Context) -> None:
+    result = fit(stage.task, stage.train, context, stage.store, stage.resume)
+    if context.leads:
+        costs = {key: round(value, 6) for key, value in result.costs.items()}
+        folder(config, "training").write(f"{stage.task.name}.json", json.dumps(costs, indent=1).encode())
+        stage.save(result)
+        stage.store.clear()
+
+
+def find_learning_rate(config: Config, adapter: str, context: Context) -> None:
+    """Write a range test of the learning rate of the CRM, or of an adapter, to ``learning_rate/``."""
+    stage = (
+        prepare_adapter(config, adapter, context, fresh=True) if adapter else prepare_crm(config, context, fresh=True)
+    )
+    points = range_test(stage.task, stage.train, config.finder, context)
+    if context.leads:
+        write_range_test(folder(config, "learning_rate"), stage.task.name, points, context.say)
+
+
+def prepare_crm(config: Config, context: Context, fresh: bool = False) -> Prepared:
+    """The CRM with its data; ``fresh`` takes up no checkpoint."""
+    events, shards = manifest(config, "events", EVENTS), manifest(config, "shards", SHARDS)
+    items = read_parts(folder(config, "events"), events.select("items/"), ["item", "fields"])
+    torch.manual_seed(config.crm_train.seed)
+    model = build_crm(config.crm, events.facts, items)
+    target, store = crm_target(config), checkpoints(config, "crm")
+    resume = _taken_up(model, store, context, fresh)
+    engine = TorchEngine(model, build_optimiser(model, config.crm_train), crm_loss, config.crm_train, context)
+    data = Data(config, shards, "crm", CRM_COLUMNS, crm_batch, config.crm_train, context)
+    task = Task("crm", engine, data.steps_per_epoch, data.batches, lambda: data.auc(engine, _crm_scores))
+
+    def save(result: FitResult) -> None:
+        load_parameters(model, result.parameters)
+        target.commit(add_crm(target.folder, model, vocabulary_of(events.facts)), _facts(result))
+
+    return Prepared(task, config.crm_train, store, resume, save)
+
+
+def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = False) -> Prepared:
+    """The adapter ``name`` on its backbone with its data; ``fresh`` takes up no checkpoint."""
     lora = config.adapters[name]
     shards = manifest(config, "shards", SHARDS)
     crm_folder, crm_manifest = folder(config, "crm"), manifest(config, "crm", CRM)
     adapter = adapter_config(config, name)
     model = build_model(config, lora, load_crm(crm_folder, crm_manifest)).to(context.device)
-    target = adapter_target(config, name)
-    store = _store(config, name, target)
-    resume = store.latest()
-    if resume:
-        load_parameters(model, resume.state)
+    target, store = adapter_target(config, name), checkpoints(config, name)
+    resume = _taken_up(model, store, context, fresh)
     engine = _engine(config, model, context)
-    collate = text_collator(adapter, folder(config, "events"), backbone_path(config))
-    data = _Data(config, shards, "text", TEXT_COLUMNS, collate, config.lora_train, context)
+    collate: Callable[[pa.Table], TextBatch] = text_collator(adapter, folder(config, "events"), backbone_path(config))
+    if config.reader.crm_states == "stored" and model.reads_crm:
+        collate = with_answers(collate, ask_crm(model, folder(config, "shards"), shards.select("text/"), context))
+    data = Data(config, shards, "text", TEXT_COLUMNS, collate, config.lora_train, context)
     task = Task(
         name,
         engine,
         data.steps_per_epoch,
         data.batches,
         validate=lambda: data.auc(engine, _text_scores),
+        backward=1.0,
         gate_use=(lambda: gate_use(last_mixture(model))) if lora.weighs else None,
     )
-    result = fit(task, config.lora_train, context, store, resume)
-    if context.leads:
+
+    def save(result: FitResult) -> None:
         origin = AdapterIdentity(target.config_digest, target.parents)
         weights = {key.partition("/")[2]: value for key, value in result.parameters.items()}
         save_adapter(target.folder, adapter, weights, (crm_folder, crm_manifest), origin, _facts(result))
-        store.clear()
+
+    return Prepared(task, config.lora_train, store, resume, save)
+
+
+def _taken_up(model: torch.nn.Module, store: CheckpointStore, context: Context, fresh: bool) -> Checkpoint | None:
+    """The newest checkpoint, its parameters loaded."""
+    resume = None if fresh else store.latest(context.say)
+    if resume:
+        load_parameters(model, resume.state)
+    return resume
 
 
 def build_model(config: Config, lora: LoraConfig, crm: Crm) -> RecLora:
-    """An untrained RecLoRA; the same seed gives the same weights on every worker."""
-    backbone = load_backbone(config.backbone, backbone_path(config))
+    """An untrained RecLoRA; the same seed gives the same weights on every worker.
+
+    With ZeRO-3 the backbone is partitioned while it is read, so this is a collective operation.
+    """
+    path = backbone_path(config)
+    if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3 and distributed.is_initialized():
+        from reclora_dist.train.partitioned import load_partitioned
+
+        backbone = load_partitioned(config.backbone, path, config.engine, config.lora_train)
+    else:
+        backbone = load_backbone(config.backbone, path)
     torch.manual_seed(config.lora_train.seed)
     return RecLora(backbone, crm, config.backbone, lora)
 
@@ -174,90 +251,22 @@ def _text_scores(model: torch.nn.Module, batch: TextBatch) -> Tensor:
     return torch.softmax(logits.double(), dim=-1)[:, 1]
 
 
-class _Data:
-    """Training batches and the validation pass of one stage."""
-
-    def __init__(
-        self,
-        config: Config,
-        shards: Manifest,
-        kind: str,
-        columns: tuple[str, ...],
-        collate: Callable[[pa.Table], Any],
-        train: TrainConfig,
-        context: Context,
-    ) -> None:
-        self.config, self.columns, self.collate, self.context = config, columns, collate, context
-        self.train = train
-        self.folder = folder(config, "shards")
-        self.training = self._entries(shards, f"{kind}/split=train/")
-        self.validation = self._entries(shards, f"{kind}/split=validation/")
-        self.per_worker = train.batch_size // context.world
-        self.micro = train.micro_batch or self.per_worker
-        self.steps_per_epoch = self._plan(0).steps
-
-    def batches(self, epoch: int, start: int) -> Iterator[list[Any]]:
-        """Micro-batches of every step of an epoch from step ``start`` on."""
-        tables = read_batches(
-            self.folder, self.training, self._plan(epoch), self.columns, self.config.reader, start_step=start
-        )
-        for table in tables:
-            parts = [table.slice(first, self.micro) for first in range(0, self.per_worker, self.micro)]
-            yield [self.collate(part).to(self.context.device) for part in parts]
-
-    def auc(self, engine: Engine, score: Callable[[torch.nn.Module, Any], Tensor]) -> float:
-        """AUC on the validation split, the same number on every rank."""
-        model = engine.model
-        model.eval()  # returns nothing in DeepSpeed
-        plans = [self._sequential(rank) for rank in range(self.context.world)]
-        mine, most = plans[self.context.rank], max(plan.steps for plan in plans)
-        labels, scores = [torch.zeros(0)], [torch.zeros(0)]
-        batch = None
-        with torch.no_grad():
-            for table in read_batches(self.folder, self.validation, mine, self.columns, self.config.reader):
-                batch = self.collate(table).to(self.context.device)
-                scores.append(score(model, batch).float().cpu())
-                labels.append(batch.label.cpu())
-            for _ in range(most - mine.steps):  # ZeRO-3 gathers in every forward, so all ranks do equally many
-                score(model, batch if batch is not None else next(self.batches(0, 0))[0])
-        gathered = self.context.gather((torch.cat(scores), torch.cat(labels)))
-        every, truth = (torch.cat([part[i] for part in gathered]).numpy() for i in (0, 1))
-        (found,) = auc_by_group(truth, every, np.zeros(len(truth), np.int64), 1)
-        if np.isnan(found):
-            raise ValueError(
-                f"all {len(truth)} validation labels are {truth[0]:.0f}; AUC needs both, take more samples"
-            )
-        return float(found)
-
-    def _plan(self, epoch: int) -> EpochPlan:
-        return EpochPlan(
-            row_groups(self.training), self.train.seed, epoch, self.context.rank, self.context.world, self.per_worker
-        )
-
-    def _sequential(self, rank: int) -> SequentialPlan:
-        size = min(4 * self.micro, 4096)
-        return SequentialPlan(row_groups(self.validation), size, rank, self.context.world)
-
-    def _entries(self, shards: Manifest, prefix: str) -> tuple[FileEntry, ...]:
-        entries = shards.select(prefix)
-        if not sum(entry.rows for entry in entries):
-            raise ValueError(f"{self.folder.uri!r} has no rows in {prefix}; check events.fractions and shards.text_*")
-        return entries
-
-
 def _engine(config: Config, model: RecLora, context: Context) -> Engine:
     optimiser = build_optimiser(model, config.lora_train, parameter_role)
     if config.engine.kind == "torch":
         return TorchEngine(model, optimiser, adapter_loss(model), config.lora_train, context)
     from reclora_dist.train.deepspeed_engine import DeepSpeedEngine
 
-    bfloat16 = config.backbone.dtype == "bfloat16"
     loss = adapter_loss(model)
-    return DeepSpeedEngine(model, optimiser, loss, config.lora_train, config.engine, context, bfloat16)
+    return DeepSpeedEngine(model, optimiser, loss, config.lora_train, config.engine, context, config.backbone.dtype)
 
 
-def _store(config: Config, stage: str, target: Target) -> CheckpointStore:
-    return CheckpointStore(folder(config, f"checkpoints/{stage}/{target.digest[:12]}"), target.digest)
+def checkpoints(config: Config, stage: str) -> CheckpointStore:
+    """The checkpoints of a stage: ``crm``, or the name of an adapter."""
+    target, train = (
+        (crm_target(config), config.crm_train) if stage == "crm" else (adapter_target(config, stage), config.lora_train)
+    )
+    return CheckpointStore(folder(config, f"checkpoints/{stage}/{target.digest[:12]}"), target.digest, train.keep)
 
 
 def _facts(result: FitResult) -> dict[str, Any]:

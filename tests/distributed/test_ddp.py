@@ -1,11 +1,14 @@
 """Two real gloo processes: DDP for the CRM; ZeRO 0 to 3 and plain torch train the same RecLoRA, and resume."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ddp_workers
 import pytest
@@ -13,7 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from reclora_dist.backbone.load import load_backbone
+from reclora_dist.backbone.tiny import train_tokenizer
+from reclora_dist.config.schema import BackboneConfig
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import ADAPTER
 from reclora_dist.contract.storage import Folder
@@ -22,10 +29,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ENGINES = ["torch", "zero0", "zero1", "zero2", "zero3"]
 
 
-def spawn(work: Callable[..., None], *arguments: Any) -> None:
+def spawn(work: Callable[..., None], *arguments: Any, world: int = ddp_workers.WORLD) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    multiprocessing.spawn(work, (port, *arguments), nprocs=ddp_workers.WORLD)
+    multiprocessing.spawn(work, (port, *arguments), nprocs=world)
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +119,84 @@ def test_killed_processes_are_followed_by_new_ones(results: Path, prepared: Path
         for folder in (run / "adapters" / "reclora", results / "zero2-adapter")
     }
     assert len(digests) == 1
+
+
+@pytest.fixture(scope="module")
+def variants(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("variants")
+    runs = {name: Path(shutil.copytree(prepared, home / f"run-{name}")) for name in ddp_workers.VARIANTS}
+    spawn(ddp_workers.every_variant, runs, home)
+    return home
+
+
+@pytest.mark.parametrize("name", ddp_workers.VARIANTS)
+def test_offload_and_token_budgets_train_what_plain_torch_trains(results: Path, variants: Path, name: str) -> None:
+    """By tokens the dropout falls elsewhere, so plain torch is compared with by tokens, too."""
+    expected = state(variants, "torch by tokens") if name.endswith("tokens") else state(results, "torch")
+    ours, theirs = (
+        {key: value for key, value in found.items() if key.startswith("parameter/")}
+        for found in (state(variants, name), expected)
+    )
+    assert_close(ours, theirs, 1e-4)
+
+
+def test_another_number_of_workers_goes_on_inside_the_epoch(
+    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three workers (64 rows are no multiple of three) stop after a checkpoint; one goes on, with another stage."""
+    run = Path(shutil.copytree(prepared, tmp_path / "run"))
+    shutil.rmtree(run / "crm")
+    spawn(ddp_workers.uneven, run, tmp_path, 3, world=3)
+    for rank in (1, 2):
+        assert_close(state(tmp_path, "crm-3", 0), state(tmp_path, "crm-3", rank))
+    capfd.readouterr()
+    spawn(ddp_workers.other_world, run, tmp_path, 1, world=1)
+    assert "reclora: resuming after step 3, with 1 workers in place of 3" in capfd.readouterr().out
+    facts = read_manifest(Folder(str(run / "adapters" / "reclora")), ADAPTER).facts
+    assert len(notes(tmp_path, "reclora-1")["losses"]) == facts["steps"] - 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_backbone_is_partitioned_while_it_is_read(tmp_path: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+    """From several safetensors files; each rank holds half, and the scores are those of the whole model."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    whole = LlamaForCausalLM(settings)
+    whole.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    train_tokenizer(["No Yes some words of a model"] * 9, 300).save_pretrained(tmp_path / "model")
+    spawn(ddp_workers.partitioned, str(tmp_path / "model"), tmp_path / "part", dtype)
+    backbone = load_backbone(BackboneConfig(kind="causal", dtype=dtype), str(tmp_path / "model"))
+    ids = torch.tensor([[3, 5, 8, 13], [4, 6, 9, 9]])
+    with torch.no_grad():
+        expected = backbone(ids, torch.ones_like(ids), torch.tensor([3, 2]))
+    parts = [load_file(tmp_path / f"part-{rank}.safetensors") for rank in range(2)]
+    for part in parts:
+        torch.testing.assert_close(part["logits"], expected, rtol=1e-5, atol=1e-6 if dtype == "float32" else 2e-3)
+    total = sum(parameter.numel() for parameter in backbone.model.parameters())
+    assert total <= sum(int(part["mine"]) for part in parts) <= total + 64, "each has its half, rounded up"
+
+
+def test_torchrun_trains_without_ray(prepared: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(prepared, tmp_path / "run"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(ddp_workers.__file__).with_name("torchrun_worker.py")), str(run)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "crm: up to date" in done.stdout
+    assert (run / "adapters" / "reclora" / "manifest.json").exists()
+    assert (run / "tensorboard" / "reclora").is_dir()
+
+
+def test_one_process_trains_with_deepspeed_in_half_precision(prepared: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(prepared, tmp_path / "run"))
+    spawn(ddp_workers.alone, run, tmp_path / "kinds.json", world=1)
+    kinds = json.loads((tmp_path / "kinds.json").read_text())
+    assert kinds["frozen"] == ["torch.bfloat16"]
+    rotary = {name: kind for name, kind in kinds["buffers"].items() if "inv_freq" in name}
+    assert rotary
+    assert set(rotary.values()) == {"torch.float32"}, "rounded frequencies would turn positions"
+    assert 0 < read_manifest(Folder(str(run / "adapters" / "reclora")), ADAPTER).facts["validation_auc"] < 1

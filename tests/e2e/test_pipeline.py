@@ -55,7 +55,8 @@ def test_every_stage_does_its_work_in_order(finished: Finished) -> None:
 
 
 def test_the_summary_has_what_is_promised(summary: dict[str, Any]) -> None:
-    assert set(summary) == {*MODELS, "reclora_minus_lora", "reclora_minus_uniform", "seconds", "peak_memory_mib"}
+    kept = {"training", "seconds", "peak_memory_mib"}
+    assert set(summary) == {*MODELS, "reclora_minus_lora", "reclora_minus_uniform"} | kept
     for model in MODELS:
         assert set(summary[model]) == {"auc", "logloss", "acc", "samples_per_s"}
         assert 0 < summary[model]["auc"] < 1
@@ -70,6 +71,23 @@ def test_the_summary_has_what_is_promised(summary: dict[str, Any]) -> None:
     assert set(summary["seconds"]) == set(STAGES)
     assert all(seconds >= 0 for seconds in summary["seconds"].values())
     assert 500 < summary["peak_memory_mib"] < 8192
+    assert set(summary["training"]) == {"crm", "lora", "uniform", "reclora"}
+    for stage, costs in summary["training"].items():
+        assert costs["samples_per_second"] > 0
+        assert 0 <= costs["data_wait_share"] < 1
+        assert 0 < costs["communication_share"] <= 1
+        assert 0 < costs["mfu"] < 1
+        assert (costs["tokens_per_second"] > 0) == (stage != "crm")
+
+
+def test_a_run_says_what_it_was_made_with(finished: Finished) -> None:
+    record = json.loads((finished.run / "run.json").read_text())
+    assert record["config"]["paths"]["run"] == str(finished.run)
+    assert record["config"]["lora_train"]["batch_size"] > 0
+    assert all(record["versions"].values())
+    assert set(record["commit"]) <= {"id", "changed"}
+    for stage in ("crm", "lora", "uniform", "reclora"):
+        assert list((finished.run / "tensorboard" / stage).glob("events.out.tfevents.*"))
 
 
 def test_ray_train_repeats_no_report_of_ours(finished: Finished) -> None:
@@ -96,7 +114,8 @@ def test_the_service_answers_what_the_evaluation_scored(finished: Finished) -> N
 
 
 def test_nothing_unsafe_is_written(finished: Finished) -> None:
-    kinds = {path.suffix for path in finished.run.rglob("*") if path.is_file()}
+    files = (path for path in finished.run.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
+    kinds = {path.suffix for path in files}
     assert kinds <= {
         ".json",
         ".parquet",

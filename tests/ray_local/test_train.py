@@ -6,6 +6,7 @@ One file, for all of it looks at one training, and the tests of a file stay in o
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,7 +25,15 @@ import requests
 import yaml
 from sample_data import small_config
 
-from reclora_dist.config.schema import Config, EmbedConfig, EvaluateConfig, PathsConfig, RayConfig, ServeConfig
+from reclora_dist.config.schema import (
+    Config,
+    EmbedConfig,
+    EvaluateConfig,
+    PathsConfig,
+    RayConfig,
+    ServeConfig,
+    TrackingConfig,
+)
 from reclora_dist.config.targets import adapter_target, crm_target
 from reclora_dist.contract import schema
 from reclora_dist.contract.arrays import read_array
@@ -41,6 +50,7 @@ from reclora_dist.ray_app.trainer import train_stage
 from reclora_dist.retrieval import check_grid
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
+from reclora_dist.train.errors import Diverged
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(workers=2, object_store_mib=100)
@@ -101,7 +111,7 @@ def trained(cluster: Cluster, prometheus: str, prepared: Path, tmp_path_factory:
     """A run with a CRM and an adapter of two workers, watched from the first step on."""
     run = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("trained") / "run"))
     settings = config(run, **LONG)
-    assert not crm_target(settings).is_current, "the prepared one was trained without workers"
+    assert not crm_target(settings).is_current, "the prepared one was trained for fewer epochs"
     train_stage(settings, "crm")
     train_stage(settings, "adapter", "reclora")
     return run
@@ -122,7 +132,7 @@ def run(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "run"))
 
 
-def config(run: Path, **crm: int) -> Config:
+def config(run: Path, **crm: Any) -> Config:
     base = small_config(run, ray=RAY)
     return dataclasses.replace(base, crm_train=dataclasses.replace(base.crm_train, **crm))
 
@@ -183,7 +193,9 @@ def test_promtool_accepts_what_we_ship(command: tuple[str, str, str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(cluster: Cluster, trained: Path, run: Path) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(
+    cluster: Cluster, trained: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(run / "checkpoints", killed), daemon=True)
     killer.start()
@@ -191,6 +203,29 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(cluster: Cluste
     killer.join(timeout=5)
     assert killed, "no worker was killed: the run was over before its first checkpoint was seen"
     assert crm_digest(run) == crm_digest(trained)
+    assert re.search(r"crm: worker \d failed: .+; starting again from step \d+", capsys.readouterr().out)
+
+
+def test_what_would_fail_again_is_not_tried_again(
+    cluster: Cluster, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate that diverges: one message, no restart, and the checkpoints before it stay."""
+    settings = config(run, **{**LONG, "checkpoint_every": 1}, lr=1e30, clip=0.0)
+    with pytest.raises(Diverged, match=r"crm: step \d+ has loss .* Lower lr or clip"):
+        train_stage(settings, "crm")
+    assert "starting again" not in capsys.readouterr().out
+
+
+def test_workers_that_never_get_to_a_checkpoint_are_given_up(cluster: Cluster, run: Path) -> None:
+    """What each try does is no error of ours: the run folder cannot be written to."""
+    settings = dataclasses.replace(config(run, **LONG), ray=dataclasses.replace(RAY, max_failures=1))
+    settings = dataclasses.replace(settings, tracking=TrackingConfig(tensorboard=False))
+    settings = dataclasses.replace(settings, crm_train=dataclasses.replace(settings.crm_train, storage_patience=0.0))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "crm").write_text("a file where a folder should be")
+    with pytest.raises(RuntimeError, match=r"crm: the workers failed 2 times in a row without a new checkpoint"):
+        train_stage(settings, "crm")
 
 
 def kill_a_worker(checkpoints: Path, killed: list[int]) -> None:
@@ -212,9 +247,9 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def test_sizes_that_do_not_divide_start_no_worker(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"crm_train\.batch_size 7 is not a multiple of 2"):
-        train_stage(config(run, batch_size=7), "crm")
+def test_sizes_that_cannot_work_start_no_worker(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"crm_train\.batch_size 1 leaves some of 2 workers without a sample"):
+        train_stage(config(run, batch_size=1), "crm")
 
 
 def test_without_workers_it_runs_in_this_process(run: Path) -> None:

@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from reclora_dist.contract.manifest import ContractError
-from reclora_dist.contract.storage import Folder
+from reclora_dist.contract.storage import Folder, StorageFullError
 from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
-from reclora_dist.train.engine import load_parameters
+from reclora_dist.train.engine import collect_state, load_parameters
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -118,3 +119,87 @@ def test_cleared_leaves_nothing(store: CheckpointStore) -> None:
 def test_the_state_of_another_model_is_refused(state: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=f"checkpoint of another model: {words}.*"):
         load_parameters(nn.Linear(3, 2), state)
+
+
+def damage(store: CheckpointStore, step: int, name: str = "state.safetensors") -> None:
+    file = Path(store.folder.uri) / f"step-{step:08d}" / name
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_a_damaged_one_is_passed_over(store: CheckpointStore, name: str) -> None:
+    store.save(checkpoint(3))
+    store.save(checkpoint(6))
+    damage(store, 6, name)
+    said: list[str] = []
+    found = store.latest(said.append)
+    assert found is not None
+    assert found.step == 3
+    assert said[0].startswith("checkpoint of step 6 is damaged and passed over")
+    damage(store, 3, name)
+    with pytest.raises(ContractError):
+        store.latest(said.append)
+
+
+def test_as_many_are_kept_as_asked_for(store: CheckpointStore) -> None:
+    generous = CheckpointStore(store.folder, store.config_digest, keep=3)
+    for step in (1, 2, 3, 4):
+        generous.save(checkpoint(step))
+    assert generous.steps() == [2, 3, 4]
+
+
+def test_one_is_written_beside_the_training_and_there_at_the_end(store: CheckpointStore) -> None:
+    with store.writer(0.0, print) as writer:
+        for step in (1, 2, 3):
+            writer.submit(checkpoint(step))
+    assert store.steps() == [2, 3]
+
+
+class Failing(CheckpointStore):
+    """Its storage fails a few times."""
+
+    failures: ClassVar[list[OSError]] = []
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        super().save(checkpoint)
+
+
+def test_a_storage_that_fails_for_a_while_is_tried_again(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    Failing.failures[:] = [OSError("gone"), StorageFullError("no space left"), OSError("gone")]
+    said: list[str] = []
+    with Failing(store.folder, store.config_digest).writer(60.0, said.append) as writer:
+        writer.submit(checkpoint(5))
+    assert store.steps() == [5]
+    assert waits == [1.0, 2.0, 4.0]
+    assert said[0] == "checkpoint of step 5: gone; trying again in 1 s"
+
+
+def test_a_storage_that_stays_away_ends_the_run_at_the_next_checkpoint(store: CheckpointStore) -> None:
+    Failing.failures[:] = [OSError("gone for good")]
+    with (
+        pytest.raises(OSError, match="gone for good"),
+        Failing(store.folder, store.config_digest).writer(0.0, print) as writer,
+    ):
+        writer.submit(checkpoint(5))
+        writer.submit(checkpoint(6))
+        pytest.fail("the next checkpoint tells what became of the one before")
+    assert store.steps() == []
+
+
+def test_a_checkpoint_is_small_beside_any_base(store: CheckpointStore) -> None:
+    """Three numbers for every trainable parameter, and the best so far."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 20)).requires_grad_(False)
+    model[1].requires_grad_(True)
+    state = collect_state(model, torch.optim.AdamW(model[1].parameters()))
+    best = {name: value for name, value in state.items() if name.startswith("parameter/")}
+    store.save(Checkpoint(1, state, best, {}))
+    size = sum(path.stat().st_size for path in Path(store.folder.uri).rglob("*") if path.is_file())
+    trainable = sum(parameter.numel() * 4 for parameter in model[1].parameters())
+    assert size < 5 * trainable

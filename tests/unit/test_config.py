@@ -146,12 +146,13 @@ def test_every_problem_is_a_line() -> None:
         (["evaluate.history_bands=[0]"], "evaluate.history_bands [0] must ascend from above 0"),
         (["evaluate.rare=0"], "evaluate.rare 0 is below 1"),
         (["evaluate.ranking_users=-1"], "evaluate.ranking_users -1 is below 0; 0 turns the ranking off"),
-        (["crm_train.batch_size=7"], "crm_train.batch_size 7 is not a multiple of 2"),
-        (["lora_train.batch_size=64", "lora_train.micro_batch=24"], "lora_train.batch_size 64 is not a multiple of 48"),
         (
-            ["ray.workers=3", "crm_train.batch_size=6", "lora_train.batch_size=8"],
-            "lora_train.batch_size 8 is not a mult",
+            ["ray.workers=3", "lora_train.batch_size=2"],
+            "lora_train.batch_size 2 leaves some of 3 workers without a sample",
         ),
+        (["lora_train.micro_tokens=100"], "micro_tokens 100 holds no prompt of prompt.max_tokens 256"),
+        (["engine.zero_stage=2", "engine.offload_parameters=cpu"], "needs engine.zero_stage 3 or higher, not 2"),
+        (["ray.min_workers=3"], "ray.min_workers 3 is above ray.workers 2"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[str], words: str) -> None:

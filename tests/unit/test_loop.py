@@ -1,9 +1,11 @@
 """The training loop: an interrupted run ends as an undisturbed one, validation chooses, the learning rate's course."""
 
+import copy
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from sample_data import small_config, write_run
 from torch import Tensor, nn
 
-from reclora_dist.config.check import check_sizes
+from reclora_dist.config.check import check_engine, check_sizes
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TrainConfig
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.schema import ADAPTER, CRM
@@ -21,6 +23,7 @@ from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.batch import CrmBatch
 from reclora_dist.crm.build import load_crm
 from reclora_dist.data.collate import crm_batch
+from reclora_dist.data.plan import Stretch
 from reclora_dist.lora.gate import GateUse
 from reclora_dist.lora.model import parameter_role
 from reclora_dist.telemetry import names
@@ -29,8 +32,10 @@ from reclora_dist.telemetry.names import Metric
 from reclora_dist.train import stages
 from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
 from reclora_dist.train.context import Context
-from reclora_dist.train.engine import StepResult, TorchEngine, build_optimiser, schedule
-from reclora_dist.train.loop import FitResult, Task, fit
+from reclora_dist.train.engine import MicroBatch, StepResult, TorchEngine, build_optimiser, schedule
+from reclora_dist.train.errors import Diverged, OutOfMemory
+from reclora_dist.train.loop import FitResult, Progress, Task, fit
+from reclora_dist.train.pace import Report, forward_flops, slowest
 
 
 class Killed(BaseException):
@@ -117,30 +122,44 @@ def test_a_checkpoint_of_another_config_is_not_taken_up(
 
 
 def test_micro_batches_give_the_whole_batchs_step(data: Path) -> None:
-    def step(parts: int) -> tuple[StepResult, Tensor]:
+    def step(sizes: list[int]) -> tuple[StepResult, Tensor]:
         torch.manual_seed(0)
         model = nn.Linear(4, 1)
         train = TrainConfig(lr=0.1, clip=0.5)
         engine = TorchEngine(model, build_optimiser(model, train), mean_square, train, Context())
         x = torch.arange(24.0).view(6, 4)
-        return engine.step(list(x.chunk(parts)), 1.0), model.weight.detach()
+        micro_batches = [MicroBatch(rows, len(rows) / 6) for rows in x.split(sizes)]
+        return engine.step(micro_batches, 1.0), model.weight.detach()
 
-    (whole, weight), (parts, other) = step(1), step(3)
-    assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
-    assert whole.gradient_norm == pytest.approx(parts.gradient_norm, rel=1e-5)
-    torch.testing.assert_close(weight, other)
+    whole, weight = step([6])
+    for sizes in ([2, 2, 2], [3, 2, 1]):
+        parts, other = step(sizes)
+        assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
+        assert whole.gradient_norm == pytest.approx(parts.gradient_norm, rel=1e-5)
+        torch.testing.assert_close(weight, other)
 
 
 def mean_square(output: Tensor, batch: Tensor) -> Tensor:
     return output.square().mean()
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """A batch of one row without content."""
+
+    size = tokens = 1
+
+    def __len__(self) -> int:
+        return 1
+
+
 class Counted:
     """An engine whose only parameter is the number of its steps; notes what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, norms: Mapping[int, float] | None = None) -> None:
         self.model = nn.Identity()
         self.value = 0.0
+        self.norms = norms or {}
         self.scales: list[float] = []
         self.draws: list[float] = []
 
@@ -148,7 +167,7 @@ class Counted:
         self.value += 1
         self.scales.append(scale)
         self.draws.append(float(torch.rand(())))
-        return StepResult(1.0, 1.0)
+        return StepResult(1.0, self.norms.get(int(self.value), 1.0))
 
     def state(self) -> dict[str, Tensor]:
         return {"parameter/w": torch.tensor(self.value), "exp_avg/w": torch.zeros(()), "exp_avg_sq/w": torch.zeros(())}
@@ -164,15 +183,16 @@ def counted(
     context: Context | None = None,
     resume: bool = False,
     gate_use: Callable[[], GateUse] | None = None,
+    norms: Mapping[int, float] | None = None,
 ) -> tuple[Counted, FitResult]:
     """Fit a ``Counted`` engine for epochs of 5 steps; validation gives ``aucs`` one after the other."""
-    engine, results = Counted(), iter(aucs)
+    engine, results = Counted(norms), iter(aucs)
     store = CheckpointStore(Folder(str(folder)), "d")
 
-    def batches(epoch: int, start: int) -> Iterator[list[int]]:
-        return iter([[epoch * 5 + step] for step in range(start, 5)])
+    def batches(epoch: int, start: int, earlier: Sequence[Stretch]) -> Generator[list[MicroBatch], None, None]:
+        yield from ([MicroBatch(Nothing(), 1.0)] for _ in range(start, 5))
 
-    task = Task("counted", engine, 5, batches, lambda: next(results), gate_use)
+    task = Task("counted", engine, 5, batches, lambda: next(results), gate_use=gate_use)
     return engine, fit(task, train, context or Context(), store, store.latest() if resume else None)
 
 
@@ -212,6 +232,44 @@ def test_only_the_leading_worker_writes(tmp_path: Path, capsys: pytest.CaptureFi
     assert not capsys.readouterr().out
 
 
+def test_training_ends_when_validation_has_lost_its_patience(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = TrainConfig(epochs=9, patience=2)
+    engine, result = counted(tmp_path, [0.6, 0.8, 0.7, 0.75], train)
+    assert (result.steps, result.progress.best_step, len(engine.scales)) == (20, 10, 20)
+    assert "no better AUC in 2 validations, ending at step 20" in capsys.readouterr().out
+    again, result = counted(tmp_path, [], train, resume=True)
+    assert (result.steps, again.scales) == (20, []), "killed after its last checkpoint, it has nothing left to do"
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_the_checkpoints(tmp_path: Path, norm: float) -> None:
+    train = TrainConfig(epochs=2, checkpoint_every=3, lr=1e-2)
+    with pytest.raises(Diverged, match=rf"counted: step 8 has .* gradient norm {norm} .*Lower lr") as found:
+        counted(tmp_path, [0.5, 0.6], train, norms={8: norm})
+    assert isinstance(found.value, ValueError), "trying again would not help"
+    assert str(copy.copy(found.value)) == str(found.value), "it is pickled on its way to the driver"
+    assert CheckpointStore(Folder(str(tmp_path)), "d").steps() == [5, 6]
+
+
+def test_out_of_memory_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(engine: Counted, micro_batches: Any, scale: float) -> StepResult:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Counted, "step", full)
+    with pytest.raises(OutOfMemory, match=r"counted: out of memory in step 1, with up to 1 samples .* micro_batch"):
+        counted(tmp_path, [0.5], TrainConfig())
+
+
+def test_other_numbers_of_workers_in_an_epoch_are_remembered() -> None:
+    progress = Progress(world=2, earlier=[(4, 3)])
+    assert progress.stretches(2, 5) == [Stretch(4, 3)], "the same two go on"
+    assert progress.stretches(3, 5) == [Stretch(4, 3), Stretch(2, 2)]
+    assert progress.stretches(3, 3) == [Stretch(4, 3)], "two had not begun"
+    assert progress.stretches(3, 0) == [], "an epoch has just ended"
+
+
 class Heard(NullMeters):
     def __init__(self) -> None:
         self.heard: dict[str, list[float]] = {}
@@ -232,6 +290,33 @@ def test_metrics_and_reports(tmp_path: Path) -> None:
     assert meters.heard[names.TRAIN_VALIDATION_AUC.name] == [0.5, 0.6]
     assert len(meters.heard[names.TRAIN_LOSS.name]) == 3, "steps 4, 8 and the last"
     assert [report["step"] for report in reports] == [5, 10]
+    for key, metric in names.TRAINING.items():
+        assert len(meters.heard[metric.name]) == 3, key
+    assert meters.heard[names.TRAIN_SLOWEST_WORKER.name] == [1.0] * 3, "there is but one"
+
+
+def test_the_costs_of_a_run_are_means_over_its_time(tmp_path: Path) -> None:
+    records: list[tuple[int, Mapping[str, float]]] = []
+    train = TrainConfig(epochs=2, batch_size=8, log_every=4)
+    _, result = counted(tmp_path, [0.5, 0.6], train, Context(record=lambda *entry: records.append(entry)))
+    assert result.costs["steps"] == 10
+    assert result.costs["samples_per_second"] == pytest.approx(80 / result.costs["seconds"])
+    assert result.costs["tokens_per_second"] == pytest.approx(10 / result.costs["seconds"])
+    assert 0 <= result.costs["data_wait_share"] <= 1
+    assert result.costs["communication_share"] == 0
+    assert result.costs["peak_memory_bytes"] > 1e6
+    assert [step for step, _ in records] == [4, 5, 8, 10, 10]
+
+
+def test_the_slowest_worker_is_named() -> None:
+    reports = [Report("a", 0.1, 0.9, 0, 0, 0), Report("b", 2.0, 1.0, 0, 0, 0), Report("c", 0.0, 1.0, 0, 0, 0)]
+    assert slowest(reports) == (1, pytest.approx(3.0))
+    assert slowest(reports[:1]) == (0, 1.0)
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert forward_flops(model, torch.ones(3, 4)) == 3 * 2 * (4 * 8 + 8 * 2)
 
 
 def test_the_use_of_every_expert_is_a_metric(tmp_path: Path) -> None:
@@ -276,16 +361,36 @@ def test_banks_and_gates_have_learning_rates_of_their_own(prepared: Path) -> Non
 @pytest.mark.parametrize(
     ("train", "workers", "words"),
     [
-        (TrainConfig(batch_size=64), 3, "batch_size 64 is not a multiple of 3 .*; take 63"),
-        (TrainConfig(batch_size=64, micro_batch=24), 2, "batch_size 64 is not a multiple of 48 .*; take 48"),
-        (TrainConfig(batch_size=2, micro_batch=4), 2, "batch_size 2 is not a multiple of 8 .*; take 8"),
+        (TrainConfig(batch_size=2), 3, "batch_size 2 leaves some of 3 workers without a sample; take at least 3"),
+        (TrainConfig(epochs=0), 1, "epochs 0 must be at least 1"),
+        (TrainConfig(micro_batch=-1), 1, "micro_batch -1 must be at least 0"),
+        (TrainConfig(lr=0.0), 1, "lr 0.0 must be above 0"),
+        (TrainConfig(keep=0), 1, "keep 0 must be at least 1"),
+        (TrainConfig(micro_batch=4, micro_tokens=900), 1, "has both micro_batch and micro_tokens"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(train: TrainConfig, workers: int, words: str) -> None:
-    with pytest.raises(ValueError, match=f"lora_train.{words}"):
+def test_sizes_that_cannot_work_are_refused(train: TrainConfig, workers: int, words: str) -> None:
+    with pytest.raises(ValueError, match=f"lora_train.*{words}"):
         check_sizes(train, workers, "lora_train")
-    check_sizes(TrainConfig(batch_size=64, micro_batch=16), 2, "lora_train")
+    check_sizes(TrainConfig(batch_size=64, micro_batch=24), 3, "lora_train")
     check_sizes(TrainConfig(batch_size=7), 0, "lora_train")
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "words"),
+    [
+        (EngineConfig(kind="torch", offload_optimizer="cpu"), "float32", "offload_optimizer 'cpu' needs DeepSpeed"),
+        (EngineConfig(kind="torch"), "float16", "float16 needs a scaled loss"),
+        (EngineConfig(zero_stage=0, offload_optimizer="cpu"), "float32", "'cpu' needs engine.zero_stage 1 or higher"),
+        (EngineConfig(zero_stage=2, offload_parameters="cpu"), "float32", "needs engine.zero_stage 3 or higher, not 2"),
+        (EngineConfig(zero_stage=2, offload_optimizer="nvme"), "float32", "needs engine.zero_stage 3 or higher, not 2"),
+        (EngineConfig(zero_stage=3, offload_parameters="nvme"), "float32", "engine.nvme_path is empty"),
+    ],
+)
+def test_engines_that_cannot_work_are_refused(engine: EngineConfig, dtype: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_engine(engine, dtype)
+    check_engine(EngineConfig(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu"), "bfloat16")
 
 
 def test_one_label_in_validation_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def epoch(entries: list[FileEntry], batch: int = 8, rank: int = 0, world: int = 1, number: int = 0) -> EpochPlan:
-    return EpochPlan(row_groups(entries), 7, number, rank, world, batch)
+    return EpochPlan(row_groups(entries), 7, number, rank, world, world * batch)
 
 
 def expected_ids(plan: Plan, start_step: int = 0) -> list[int]:

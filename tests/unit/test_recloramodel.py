@@ -133,6 +133,32 @@ def test_gradients_are_the_same_with_gradient_checkpointing() -> None:
         torch.testing.assert_close(plain[name], checkpointed[name], msg=name)
 
 
+@pytest.mark.parametrize("lora", KINDS.values(), ids=list(KINDS))
+def test_a_packed_batch_gives_the_same_scores_and_gradients(lora: LoraConfig) -> None:
+    lora = dataclasses.replace(lora, gate_dropout=0.0, state_dropout=0.0, state_noise=0.0)
+
+    def outcome(batch: TextBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        personal = model(lora).train()
+        logits = personal(batch)
+        nn.functional.cross_entropy(logits, batch.label.long()).backward()
+        return logits.detach(), {name: p.grad for name, p in personal.named_parameters() if p.grad is not None}
+
+    batch = text_batch()
+    assert not batch.attention_mask.all(), "some samples are padded"
+    padded, packed = outcome(batch), outcome(batch.packed())
+    torch.testing.assert_close(packed, padded)
+    assert batch.packed().input_ids.shape == (1, int(batch.attention_mask.sum()))
+
+
+def test_parts_of_a_batch_are_trimmed_and_score_alike() -> None:
+    personal, batch = model().eval(), text_batch()
+    order = torch.argsort(batch.last)
+    short = batch.take(order[:2])
+    assert short.input_ids.shape == (2, int(batch.last[order[1]]) + 1)
+    torch.testing.assert_close(personal(short), personal(batch)[order[:2]])
+    assert (batch.size, batch.tokens) == (24, int(batch.attention_mask.sum()))
+
+
 def test_a_uniform_gate_is_the_average_bank() -> None:
     uniform = model(LoraConfig(experts=3, rank=2, gate="uniform")).eval()
     plain = model(LoraConfig(experts=1, rank=2, gate="none")).eval()
@@ -301,6 +327,12 @@ def test_a_matrix_gate_gives_r_by_r_numbers_per_matrix_and_sample() -> None:
         mixture = model(LoraConfig(experts=1, rank=2, mode="matrix", gate=gate)).mixture(text_batch())  # type: ignore[arg-type]
         assert mixture is not None
         assert mixture.shape == (4, 4, 4)
+
+
+def test_an_encoder_with_an_offset_starts_at_the_crms_score() -> None:
+    personal, batch = model(LoraConfig(experts=3, rank=2, head="offset"), encoder=True).eval(), text_batch()
+    score = torch.softmax(personal(batch), dim=-1)[:, 1]
+    torch.testing.assert_close(score, torch.sigmoid(personal.crm(batch.crm).logit))
 
 
 def test_the_offset_is_the_crms_logit_on_yes() -> None:

@@ -1,0 +1,122 @@
+"""However a step's samples are divided, and whoever asked the CRM about them, the same adapter is trained."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sample_data import small_config
+from torch import Tensor
+
+from reclora_dist.config.schema import Config, EngineConfig, LoraConfig
+from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
+from reclora_dist.contract.storage import Folder
+from reclora_dist.crm.build import load_crm
+from reclora_dist.data.collate import CRM_COLUMNS, crm_batch
+from reclora_dist.data.plan import SequentialPlan, row_groups
+from reclora_dist.data.readers import read_batches
+from reclora_dist.train import stages
+from reclora_dist.train.context import Context
+from reclora_dist.train.data import Data
+from reclora_dist.train.states import ask_crm
+
+LORA = LoraConfig(experts=3, rank=2, temperature=1.0, gate_dropout=0.0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "micro-batches of other sizes": {"lora_train": {"micro_batch": 24}},
+    "a token budget": {"lora_train": {"micro_tokens": 900}},
+    "packing": {"lora_train": {"packing": True}},
+    "packing by a token budget": {"lora_train": {"packing": True, "micro_tokens": 700}},
+    "stored answers of the CRM": {"reader": {"crm_states": "stored"}},
+    "nothing ahead": {"reader": {"prefetch": 0}},
+    "petastorm": {"reader": {"kind": "petastorm"}},
+}
+EXACT = {"nothing ahead", "petastorm"}
+
+
+def config(run: Path, **changes: Mapping[str, Any]) -> Config:
+    base = small_config(run, engine=EngineConfig(kind="torch"), adapters={"reclora": LORA})
+    parts = {name: dataclasses.replace(getattr(base, name), **change) for name, change in changes.items()}
+    return dataclasses.replace(base, **parts)
+
+
+def trained(prepared: Path, run: Path, **changes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    shutil.copytree(prepared, run)
+    stages.train_adapter(config(run, **changes), "reclora", Context())
+    folder = run / "adapters" / "reclora"
+    return load_file(*folder.glob("adapter_model-*.safetensors")), dict(
+        read_manifest(Folder(str(folder)), ADAPTER).facts
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return trained(prepared, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_how_the_work_is_done_does_not_change_what_is_trained(
+    prepared: Path, tmp_path: Path, plain: tuple[dict[str, Tensor], dict[str, Any]], name: str
+) -> None:
+    weights, facts = trained(prepared, tmp_path / "run", **VARIANTS[name])
+    expected, expected_facts = plain
+    assert weights.keys() == expected.keys()
+    for key, value in weights.items():
+        if name in EXACT:
+            assert torch.equal(value, expected[key]), key
+        torch.testing.assert_close(value, expected[key], atol=2e-5, rtol=1e-4, msg=key)
+    assert facts["validation_auc"] == pytest.approx(expected_facts["validation_auc"], abs=1e-3)
+
+
+def test_such_settings_leave_outputs_up_to_date_and_checkpoints_usable(prepared: Path) -> None:
+    from reclora_dist.config.targets import adapter_target, crm_target
+
+    base = config(prepared)
+    for changes in VARIANTS.values():
+        assert adapter_target(config(prepared, **changes), "reclora").digest == adapter_target(base, "reclora").digest
+    other = dataclasses.replace(base, ray=dataclasses.replace(base.ray, workers=7), engine=EngineConfig(zero_stage=3))
+    assert crm_target(other).digest == crm_target(base).digest
+    assert adapter_target(other, "reclora").digest == adapter_target(base, "reclora").digest
+    longer = config(prepared, lora_train={"epochs": 2})
+    assert adapter_target(longer, "reclora").digest != adapter_target(base, "reclora").digest
+
+
+def test_the_crms_stored_answers_are_those_it_gives(prepared: Path) -> None:
+    settings = config(prepared)
+    crm = load_crm(Folder(str(prepared / "crm")), read_manifest(Folder(str(prepared / "crm")), CRM))
+    for gate in ("crm", "user"):
+        model = stages.build_model(settings, dataclasses.replace(LORA, gate=gate), crm)
+        folder = Folder(str(prepared / "shards"))
+        entries = read_manifest(folder, SHARDS).select("text/")
+        answers = ask_crm(model, folder, entries, Context())
+        assert len(answers.ids) == sum(entry.rows for entry in entries) > 100
+        (table,) = read_batches(folder, entries[:1], SequentialPlan(row_groups(entries[:1]), 9999), CRM_COLUMNS)
+        batch = crm_batch(table).take(torch.tensor([5, 3, 3]))
+        state, logit, user_state = answers.of(batch.sample_id)
+        with torch.no_grad():
+            asked = crm(batch)
+        torch.testing.assert_close((state, logit), (asked.state, asked.logit))
+        if gate == "user":
+            torch.testing.assert_close(user_state, asked.user_state)
+        assert user_state.shape[1] == (0 if gate == "crm" else crm.user_state_width)
+    with pytest.raises(KeyError, match="not asked about sample -1"):
+        answers.of(torch.tensor([-1]))
+
+
+def test_batches_of_all_workers_are_the_step(prepared: Path) -> None:
+    """Three workers share steps of 64 samples, whose shares sum to what a mean over all rows needs."""
+    settings = config(prepared)
+    shards = read_manifest(Folder(str(prepared / "shards")), SHARDS)
+    ids, shares = [], []
+    for rank in range(3):
+        data = Data(settings, shards, "crm", CRM_COLUMNS, crm_batch, settings.crm_train, Context(rank, 3))
+        first = next(data.batches(0, 0))
+        ids += [int(i) for batch, _ in first for i in batch.sample_id]
+        shares += [share for _, share in first]
+    assert len(set(ids)) == 64
+    assert [round(share * 64 / 3) for share in shares] == [22, 21, 21]
+    assert sum(shares) == pytest.approx(3)
