@@ -1,0 +1,154 @@
+"""Training of RecLoRA on a language model of 135 million parameters: each ZeRO stage, and the usual recipe beside it.
+
+    make bench NAME=zero            one JSON object last
+
+A LLaMA of the sizes of SmolLM-135M (30 layers of 576, vocabulary 49,152) with random weights is written once, with the
+demo's tokenizer. RecLoRA (8 experts) is then trained on the demo's prompts by two processes under torchrun: DDP and
+ZeRO 0 to 3, with and without offload, each from a fresh start on the same samples; and plain LoRA by transformers'
+Trainer and PEFT in two processes, too, in turns with ours. `samples_vs_trainer`: the fastest of ours over the Trainer,
+goal 2; `logloss`: binary log loss on the same validation samples after training. Needs the extra `bench`.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reclora_dist.backbone.load import answer_ids, load_tokenizer
+from reclora_dist.cli.compose import load
+from reclora_dist.config.run import folder, manifest
+from reclora_dist.config.schema import Config
+from reclora_dist.contract.parts import read_parts
+from reclora_dist.contract.schema import SHARDS
+from reclora_dist.contract.storage import Folder
+from reclora_dist.evaluate.scorer import Scorer, text_collator
+from reclora_dist.train.stages import adapter_config
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINES = {
+    "ddp": ["engine=torch"],
+    "zero0": ["engine=zero0"],
+    "zero1": ["engine=zero1"],
+    "zero2": ["engine=zero2"],
+    "zero3": ["engine=zero3"],
+    "zero2 offloaded": ["engine=zero2", "engine.offload_optimizer=cpu"],
+    "zero3 offloaded": ["engine=zero3", "engine.offload_optimizer=cpu", "engine.offload_parameters=cpu"],
+}
+VALIDATION = 64
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/zero", help="folder of the run")
+    parser.add_argument("--samples", type=int, default=192, help="training samples of each")
+    parser.add_argument("--batch", type=int, default=32, help="samples of a step, over both processes")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of the fastest of ours and the Trainer")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="further settings of ours, e.g. lora_train.micro_tokens=2048"
+    )
+    arguments = parser.parse_args()
+    home = arguments.run.resolve()
+    common = [f"paths.run={home}", "synthesise.users=600", "serve.check=false"]
+    common += [f"shards.text_train={arguments.samples}", f"shards.text_validation={VALIDATION}"]
+    for command in ("prepare", "train"):
+        program = [sys.executable, "-m", f"reclora_dist.cli.{command}", *common, "adapters=null"]
+        subprocess.run(program, check=True, cwd=ROOT)
+    model = home / "llama"
+    write_model(model, home / "backbone", arguments.layers)
+    common += ["adapters=reclora", "adapters.reclora.experts=8", "adapters.reclora.temperature=1.0"]
+    common += ["backbone=causal", f"backbone.path={model}", f"lora_train.batch_size={arguments.batch}"]
+    common += ["lora_train.log_every=1000", "lora_train.checkpoint_every=1000", *arguments.set]
+    rival = home / "trainer"
+    write_rival(load(common), rival, arguments.batch // 2)
+    found = {name: ours(common + ENGINES[name], home) for name in arguments.engines}
+    fastest = max(found, key=lambda name: found[name]["samples_per_second"])
+    turns = [(found[fastest], trainer(rival))]
+    turns += [(ours(common + ENGINES[fastest], home), trainer(rival)) for _ in range(arguments.rounds - 1)]
+    ratios = [one["samples_per_second"] / other["samples_per_second"] for one, other in turns]
+    result = {
+        "samples_vs_trainer": round(statistics.median(ratios), 3),
+        "samples_vs_trainer_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "fastest": fastest,
+        "logloss": {"ours": found[fastest]["logloss"], "trainer": turns[0][1]["logloss"]},
+        "trainer": [other for _, other in turns],
+        "engines": found,
+    }
+    print(json.dumps(result))
+
+
+def write_model(home: Path, tokenizer: Path, layers: int) -> None:
+    """Random weights, in several files; the tokenizer of the demo's own backbone."""
+    if (home / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    LlamaForCausalLM(
+        LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=49_152, tie_word_embeddings=True)
+    ).save_pretrained(home, max_shard_size="200MB")
+    load_tokenizer(str(tokenizer)).save_pretrained(home)
+
+
+def ours(settings: list[str], home: Path) -> dict:
+    """Costs of a training from a fresh start, and the log loss afterwards."""
+    for name in ("adapters", "checkpoints", "training", "tensorboard"):
+        shutil.rmtree(home / name, ignore_errors=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, "-m", "reclora_dist.cli.train", *settings], check=True, cwd=ROOT)
+    costs = json.loads((home / "training" / "reclora.json").read_text())
+    config = load(settings)
+    shards = manifest(config, "shards", SHARDS)
+    rows = read_parts(folder(config, "shards"), shards.select("text/split=validation/"))
+    scores = Scorer.load(Folder(str(home / "adapters" / "reclora")), threads=2).score(rows)
+    labels = rows["label"].to_numpy()
+    loss = F.binary_cross_entropy(torch.from_numpy(scores), torch.from_numpy(labels.astype(np.float64)))
+    keys = ("samples_per_second", "tokens_per_second", "mfu", "communication_share", "data_wait_share")
+    found = {key: round(costs[key], 4) for key in keys}
+    found |= {"peak_memory_mib": int(costs["peak_memory_bytes"]) >> 20, "logloss": round(float(loss), 4)}
+    print(f"{settings[-1]}: {json.dumps(found)}", flush=True)
+    return found
+
+
+def trainer(home: Path) -> dict:
+    """The usual recipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "benchmarks/rivals/trainer_lora.py"), str(home)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    found: dict = json.loads(done.stdout.splitlines()[-1])
+    print(f"Trainer: {json.dumps(found)}", flush=True)
+    return found
+
+
+def write_rival(config: Config, home: Path, per_device: int) -> None:
+    """The same prompts as token ids."""
+    home.mkdir(parents=True, exist_ok=True)
+    path = config.backbone.path
+    collate = text_collator(adapter_config(config, "reclora"), folder(config, "events"), path)
+    shards = manifest(config, "shards", SHARDS)
+    for split in ("train", "validation"):
+        batch = collate(read_parts(folder(config, "shards"), shards.select(f"text/split={split}/")))
+        rows = [
+            {"ids": batch.input_ids[i, : int(batch.last[i]) + 1].tolist(), "label": int(batch.label[i])}
+            for i in range(len(batch))
+        ]
+        (home / f"{split}.json").write_text(json.dumps(rows))
+    lora = config.adapters["reclora"]
+    settings = {
+        "model": path, "threads": 1, "rank": lora.rank, "alpha": lora.alpha, "per_device": per_device,
+        "lr": config.lora_train.lr, "answers": answer_ids(load_tokenizer(path), config.backbone.answers),
+    }  # fmt: skip
+    (home / "settings.json").write_text(json.dumps(settings))
+
+
+if __name__ == "__main__":
+    main()
