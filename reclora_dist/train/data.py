@@ -60,9 +60,10 @@ class Data:
                 yield [self._micro(batch, rows) for rows in spread(passes, self._most(len(passes)))]
 
     def first(self) -> Any:
-        """A micro-batch, for who needs any."""
-        with closing(self.batches(0, 0)) as steps:
-            return next(steps)[0].batch
+        """A batch for one pass, for who needs any; other than ``batches`` it asks no other worker."""
+        with closing(self._made(0, 0, ())) as steps:
+            batch, passes = next(steps)
+            return batch.take(torch.from_numpy(passes[0]))
 
     def auc(self, engine: Engine, score: Callable[[nn.Module, Any], Tensor]) -> float:
         """AUC on the validation split, the same number on every rank.

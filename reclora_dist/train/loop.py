@@ -15,7 +15,7 @@ from reclora_dist.lora.gate import GateUse
 from reclora_dist.telemetry import names
 from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore, Writer
 from reclora_dist.train.context import Context
-from reclora_dist.train.engine import Engine, MicroBatch, schedule
+from reclora_dist.train.engine import Engine, MicroBatch, State, schedule
 from reclora_dist.train.errors import diverged, is_out_of_memory, out_of_memory
 from reclora_dist.train.pace import Pace
 
@@ -104,7 +104,7 @@ def fit(
 
 def save_checkpoint(run: "_Run", writer: Writer) -> None:
     """Hand the state to the writer: collective, every rank takes part and rank 0 writes."""
-    state = run.task.engine.state()
+    state = run.state()
     if run.context.leads:
         progress = {**vars(run.progress), "history": list(run.progress.history)}
         writer.submit(Checkpoint(run.done, state, run.best, progress))
@@ -118,6 +118,7 @@ class _Run:
         self.total = config.epochs * task.steps_per_epoch
         self.progress, self.best = Progress(), dict[str, Tensor]()
         self.done, self.earlier = 0, list[Stretch]()
+        self._collected, self._state = -1, State()
         if resume:
             self._take_up(resume)
         self.progress.world = context.world
@@ -171,11 +172,16 @@ class _Run:
         self.context.say(f"{name}: step {self.done} validation AUC {auc:.4f} (best {best:.4f})")
         if auc > progress.best_auc:
             progress.best_auc, progress.best_step = auc, self.done
-            state = self.task.engine.state()
-            self.best = {key: value for key, value in state.items() if key.startswith("parameter/")}
+            self.best = {key: value for key, value in self.state().items() if key.startswith("parameter/")}
         if progress.is_over(self.config.patience) and self.done < self.total:
             self.context.say(f"{name}: no better AUC in {self.config.patience} validations, ending at step {self.done}")
         self.pace.exclude(time.perf_counter() - since)
+
+    def state(self) -> State:
+        """The engine's state after the last step; collected once, for the best parameters and the checkpoint."""
+        if self._collected != self.done:
+            self._collected, self._state = self.done, self.task.engine.state()
+        return self._state
 
     def _take_up(self, resume: Checkpoint) -> None:
         name, steps, context = self.task.name, self.task.steps_per_epoch, self.context
