@@ -51,7 +51,7 @@ def main() -> None:
     overrides = [f"paths.run={arguments.folder.resolve()}", f"synthesise.users={arguments.users}", "adapters=reclora"]
     overrides += ["shards.text_train=20000", "crm_train.batch_size=4096", "lora_train.batch_size=128"]
     for command in ("prepare", "train"):
-        more = [] if command == "prepare" else ["~adapters.reclora", "compare=[]", "crm_train.epochs=1"]
+        more = [] if command == "prepare" else ["~adapters.reclora"]
         subprocess.run([sys.executable, "-m", f"reclora_dist.cli.{command}", *overrides, *more], check=True, cwd=ROOT)
     torch.set_num_threads(1)
     config = load(overrides)

@@ -48,7 +48,7 @@ def main() -> None:
     home, draw = arguments.run.resolve(), random.Random(arguments.seed)
     common = [f"paths.run={home}", "synthesise.users=600", "shards.text_train=2000"]
     for command in ("prepare", "train"):
-        program = [sys.executable, "-m", f"reclora_dist.cli.{command}", *common, "adapters=null"]
+        program = [sys.executable, "-m", f"reclora_dist.cli.{command}", *common, "~adapters"]
         subprocess.run(program, check=True, cwd=ROOT)
     common += ["adapters=reclora", "lora_train.checkpoint_every=5", "lora_train.log_every=1"]
     stages = []

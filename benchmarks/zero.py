@@ -62,7 +62,7 @@ def main() -> None:
     common = [f"paths.run={home}", "synthesise.users=600", "serve.check=false"]
     common += [f"shards.text_train={arguments.samples}", f"shards.text_validation={VALIDATION}"]
     for command in ("prepare", "train"):
-        program = [sys.executable, "-m", f"reclora_dist.cli.{command}", *common, "adapters=null"]
+        program = [sys.executable, "-m", f"reclora_dist.cli.{command}", *common, "~adapters"]
         subprocess.run(program, check=True, cwd=ROOT)
     model = home / "llama"
     write_model(model, home / "backbone", arguments.layers)
