@@ -33,7 +33,7 @@ lint: setup  ## ruff, mypy --strict, import-linter
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup  ## one claim measured: NAME=movielens RAW=path/to/ml-1m, NAME=personalisation, NAME=retrieval, NAME=days, NAME=adapter_overhead, NAME=oracle
+bench: setup  ## one claim measured: NAME=movielens RAW=path/to/ml-1m, NAME=personalisation, NAME=retrieval, NAME=days, NAME=adapter_overhead, NAME=oracle, NAME=loader, NAME=resume, NAME=zero, NAME=crm RAW=path/to/ml-1m
 	@test -f "benchmarks/$(NAME).py" || { echo "make bench NAME=<one of: $(basename $(notdir $(wildcard benchmarks/*.py)))>" >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME).py $(if $(RAW),--raw "$(RAW)") $(ARGS)
 

@@ -13,10 +13,8 @@ killed every minute.
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -90,14 +88,20 @@ def trained(settings: Sequence[str], home: Path, kills: Sequence[int]) -> tuple[
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(Path(__file__).resolve()), "--worker", str(log), *settings]
         with (home / "worker.log").open("a") as output:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         if kill is None:
             if process.wait():
                 raise SystemExit(f"training failed: see {home / 'worker.log'}")
             break
         while process.poll() is None and not any(step >= kill for step, _ in read(log)):
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is not None:
+            raise SystemExit(f"training ended before step {kill}: see {home / 'worker.log'}")
+        every = psutil.Process(process.pid).children(recursive=True)  # torchrun's workers are in sessions of their own
+        for one in [*every, process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(every)
         process.wait()
     return read(log), time.perf_counter() - since
 
