@@ -67,7 +67,7 @@ class Pace:
         self.stage, self.config, self.context, self.total = stage, config, context, total
         self._backward = backward
         self._first = self._last = done
-        self._begun = self._since = time.perf_counter()
+        self._since = time.perf_counter()
         self._excluded = self._excluded_since = 0.0
         self._now, self._whole = Tally(), list[Mapping[str, float]]()
         self._flops_per_size = self._matmul_rate = self._reduce_seconds = 0.0
