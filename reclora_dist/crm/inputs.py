@@ -148,18 +148,18 @@ class Inputs(nn.Module):
     def _history(self, items: Tensor, levels: Tensor) -> Tensor:
         """ReLU(Linear([item; rating])) of every step, [batch, steps, item_width].
 
-        The layer is linear before its ReLU, so items and levels are projected apart; when the batch holds more steps
-        than there are items, each item is projected once and then looked up.
+        When the batch holds more steps than there are pairs of an item and a rating, each pair is computed once and
+        then looked up. The layer is linear before its ReLU, so items and levels are projected apart.
         """
         by_item, by_level = self.step.weight.split([self.item_width, self.config.embedding], dim=1)
-        if items.numel() > len(self.item_fields):
+        level = F.linear(self.level.weight, by_level, self.step.bias)
+        if items.numel() > len(self.item_fields) * len(level):
             every = torch.arange(len(self.item_fields), device=items.device)
+            projected = F.linear(self.dropout(self._item_vectors(every)), by_item)
+            pairs = F.relu(projected[:, None] + level).flatten(0, 1)
             # F.embedding's backward is one scatter; indexing's is a sort
-            projected = F.embedding(items, F.linear(self.dropout(self._item_vectors(every)), by_item))
-        else:
-            projected = F.linear(self.dropout(self._item_vectors(items)), by_item)
-        level = F.embedding(levels, F.linear(self.level.weight, by_level, self.step.bias))
-        return F.relu(projected + level)
+            return F.embedding(items * len(level) + levels, pairs)
+        return F.relu(F.linear(self.dropout(self._item_vectors(items)), by_item) + F.embedding(levels, level))
 
 
 def statistics_features(counts: Tensor) -> Tensor:

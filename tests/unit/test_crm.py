@@ -1,6 +1,7 @@
 """SIM: two ways to the history vectors, DIN's attention as it is worded, statistics, switches."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reclora_dist.crm import layers
 from reclora_dist.crm.batch import CrmBatch
 from reclora_dist.crm.inputs import Fields, item_fields_tensor, statistics_features
 from reclora_dist.crm.layers import TargetAttention
@@ -16,7 +18,8 @@ from reclora_dist.crm.layers import TargetAttention
 
 def test_history_through_the_item_table_equals_the_direct_one() -> None:
     sim, rows = model(), batch(40)
-    assert rows.items.numel() > len(sim.inputs.item_fields) > part(rows, slice(0, 1)).items.numel()
+    pairs = len(sim.inputs.item_fields) * sim.inputs.level.num_embeddings
+    assert rows.items.numel() > pairs > part(rows, slice(0, 1)).items.numel()
     together = sim(rows)
     alone = [sim(part(rows, slice(i, i + 1))) for i in range(len(rows))]
     torch.testing.assert_close(torch.cat([one.state for one in alone]), together.state)
@@ -48,9 +51,15 @@ def test_an_empty_history_is_a_zero_interest_and_a_changed_one_changes_the_score
 
 
 @settings(max_examples=25, deadline=None)
-@given(size=st.integers(1, 4), steps=st.integers(1, 5), width=st.integers(1, 4), hidden=st.integers(1, 5))
+@given(
+    size=st.integers(1, 4),
+    steps=st.integers(0, 5),
+    width=st.integers(1, 4),
+    hidden=st.integers(1, 5),
+    cached=st.integers(1, 12),
+)
 def test_attention_is_an_mlp_on_target_history_difference_and_product(
-    size: int, steps: int, width: int, hidden: int
+    size: int, steps: int, width: int, hidden: int, cached: int
 ) -> None:
     torch.manual_seed(0)
     attention = TargetAttention(width, [hidden, 3]).double()
@@ -60,7 +69,8 @@ def test_attention_is_an_mlp_on_target_history_difference_and_product(
     concatenated = torch.cat([t, history, t - history, t * history], dim=-1)
     weights = attention.rest(torch.relu(attention.first(concatenated))).squeeze(-1)
     expected = (torch.where(mask, weights, 0)[..., None] * history).sum(1)
-    torch.testing.assert_close(attention(target, history, mask), expected)
+    with mock.patch.object(layers, "CACHED_STEPS", cached):
+        torch.testing.assert_close(attention(target, history, mask), expected)
 
 
 def test_fields_do_not_share_rows() -> None:
