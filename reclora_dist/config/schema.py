@@ -271,6 +271,9 @@ class CrmConfig(Section):
     embedding_dropout: float = knob(0.1, "dropout of the embeddings")
     user_id: bool = knob(False, "embed the user's id (useless where test users are new)")
     statistics: bool = knob(True, "read the running statistics of item and user")
+    ignore: tuple[str, ...] = knob(
+        (), "fields of users and items that are not read; one that is nearly an id is best ignored where users are new"
+    )
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,33 @@ KINDS: Mapping[str, type[Crm]] = {
 CONFIG, WEIGHTS = "crm_config.json", "crm.safetensors"
 
 
-def vocabulary_of(facts: Mapping[str, Any]) -> Vocabulary:
-    """Sizes of the embeddings, from the facts of an events manifest."""
+def vocabulary_of(facts: Mapping[str, Any], ignore: Sequence[str] = ()) -> Vocabulary:
+    """Sizes of the embeddings, from the facts of an events manifest; a field to ``ignore`` has no values.
+
+    Raises:
+        ValueError: the log has no field of that name.
+    """
+    user_fields, item_fields = facts["user_fields"], facts["item_fields"]
+    if unknown := sorted({*ignore} - {*user_fields, *item_fields}):
+        raise ValueError(
+            f"crm.ignore names {unknown}: users of this log have the fields {[*user_fields]}, items {[*item_fields]}"
+        )
+
+    def sizes(fields: Mapping[str, Sequence[str]]) -> tuple[int, ...]:
+        return tuple(0 if name in ignore else len(values) for name, values in fields.items())
+
     return Vocabulary(
         items=facts["items"],
         users=facts["users"],
         levels=len(facts["rating_levels"]),
-        user_fields=tuple(len(values) for values in facts["user_fields"].values()),
-        item_fields=tuple(len(values) for values in facts["item_fields"].values()),
+        user_fields=sizes(user_fields),
+        item_fields=sizes(item_fields),
     )
 
 
 def build_crm(config: CrmConfig, facts: Mapping[str, Any], items: pa.Table) -> Crm:
     """An untrained CRM for the data that ``facts`` and the item table describe."""
-    return KINDS[config.kind](config, vocabulary_of(facts), _fields_of(items))
+    return KINDS[config.kind](config, vocabulary_of(facts, config.ignore), _fields_of(items))
 
 
 def _fields_of(items: pa.Table) -> Tensor:

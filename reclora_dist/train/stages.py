@@ -135,7 +135,7 @@ def prepare_crm(config: Config, context: Context, fresh: bool = False) -> Prepar
 
     def save(result: FitResult) -> None:
         load_parameters(model, result.parameters)
-        target.commit(add_crm(target.folder, model, vocabulary_of(events.facts)), _facts(result))
+        target.commit(add_crm(target.folder, model, vocabulary_of(events.facts, config.crm.ignore)), _facts(result))
 
     return Prepared(task, config.crm_train, store, resume, save)
 

@@ -168,6 +168,22 @@ def test_what_came_after_the_training_is_unknown(kind: str, size: int) -> None:
 
 
 @every_kind
+def test_an_ignored_field_says_nothing(kind: str) -> None:
+    config, rows = dataclasses.replace(CONFIG, kind=kind, ignore=("b", "c")), batch(40)
+    crm = build_crm(config, FACTS, item_table(12)).eval()
+    assert crm.inputs.fields.sizes.tolist() == [0]
+    ignored = dataclasses.replace(rows, user_fields=rows.user_fields * torch.tensor([1, 0]))
+    assert torch.equal(crm(ignored).logit, crm(rows).logit)
+    read = dataclasses.replace(rows, user_fields=rows.user_fields * torch.tensor([0, 1]))
+    assert not torch.equal(crm(read).logit, crm(rows).logit)
+
+
+def test_a_field_to_ignore_exists() -> None:
+    with pytest.raises(ValueError, match=r"crm.ignore names \['zip'\]: users of this log have the fields \['a', 'b'\]"):
+        vocabulary_of(FACTS, ["zip", "a"])
+
+
+@every_kind
 def test_the_fields_of_a_later_item_are_read_from_the_item_table(kind: str, tmp_path: Path) -> None:
     _, folder = saved(tmp_path, dataclasses.replace(CONFIG, kind=kind))
     crm = load_crm(folder, read_manifest(folder, CRM), item_table(15))
