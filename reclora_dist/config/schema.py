@@ -412,6 +412,7 @@ class ReaderConfig(Section):
 
     kind: Literal["arrow", "petastorm"] = knob("arrow", "row-group reader")
     prefetch: int = knob(2, "row groups read ahead, and steps of batches made ahead, by threads; 0: none")
+    storage_patience: float = knob(300.0, "seconds for which a read that fails is tried again")
     crm_states: Literal["computed", "stored"] = knob(
         "computed",
         "fine-tuning: ask the CRM for every batch, or for all text samples in one pass before the first step, whose "

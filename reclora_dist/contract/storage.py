@@ -3,13 +3,21 @@
 import errno
 import os
 import posixpath
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+
+T = TypeVar("T")
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
+"""How long storage that failed is left alone before it is tried again: twice as long each time, up to a bound."""
 
 
 class StorageFullError(ValueError):
@@ -116,6 +124,27 @@ class Folder:
         if not isinstance(self.fs, LocalFileSystem):
             raise ValueError(f"{self.uri!r} is not a local folder; copy it to a local disk first")
         return Path(self.path())
+
+
+def patiently(action: Callable[[], T], patience: float, say: Callable[[str], None]) -> T:
+    """What ``action`` returns; it is tried again for ``patience`` seconds while the storage fails.
+
+    Args:
+        say: takes a line about each failure that is followed by another try.
+
+    Raises:
+        OSError, StorageFullError: the last failure.
+    """
+    deadline, wait = time.monotonic() + patience, FIRST_WAIT_S
+    while True:
+        try:
+            return action()
+        except (OSError, StorageFullError) as error:
+            if time.monotonic() + wait > deadline:
+                raise
+            say(f"{error}; trying again in {wait:.0f} s")
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT_S)
 
 
 def _write_synced(path: str, content: bytes) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from reclora_dist.config.schema import ReaderConfig
 from reclora_dist.contract.manifest import ContractError, FileEntry
 from reclora_dist.contract.parts import open_part
-from reclora_dist.contract.storage import Folder
+from reclora_dist.contract.storage import Folder, patiently
 from reclora_dist.data.plan import Plan, Slice, row_groups
 
 OPEN_FILES = 4
@@ -49,7 +49,11 @@ class ArrowReader:
 
     def read(self, file: int, group: int) -> pa.Table:
         """See ``RowGroupReader``."""
-        return self._file(file).read_row_group(group, columns=self._columns, use_threads=False)
+        try:
+            return self._file(file).read_row_group(group, columns=self._columns, use_threads=False)
+        except OSError:
+            self._open.pop(file, None)  # whoever tries again wants a new handle
+            raise
 
     def close(self) -> None:
         """See ``RowGroupReader``."""
@@ -122,9 +126,10 @@ def read_batches(
     """The plan's batches from step ``start_step`` on, of ``plan.batch`` rows (a sequential plan's last may have less).
 
     Up to ``reader.prefetch`` row groups are read ahead by a thread. It ends when the generator is exhausted or closed,
-    and its errors are raised here. ``columns=None`` reads all columns.
+    and its errors are raised here. ``columns=None`` reads all columns. Storage that fails is tried again.
 
     Raises:
+        OSError: the storage failed for longer than ``reader.storage_patience``.
         ContractError: a file is missing, damaged, lacks a column, or has other row counts than the manifest.
         ValueError: the plan is one of other files, ``start_step`` lies outside it, or ``reader`` makes no sense.
     """
@@ -136,7 +141,7 @@ def read_batches(
     expected = plan.rows_from(start_step)
     slices = plan.slices(start_step)
     source = row_group_reader(folder, entries, columns, config.kind)
-    pieces = _prefetched(folder, entries, source, slices, config.prefetch)
+    pieces = _prefetched(folder, entries, source, slices, config)
     return _counted(folder, _batches(pieces, plan.batch), expected)
 
 
@@ -172,19 +177,26 @@ def _batches(pieces: Tables, size: int) -> Tables:
 
 
 def _prefetched(
-    folder: Folder, entries: Sequence[FileEntry], source: RowGroupReader, slices: Iterable[Slice], ahead: int
+    folder: Folder, entries: Sequence[FileEntry], source: RowGroupReader, slices: Iterable[Slice], config: ReaderConfig
 ) -> Tables:
-    """The rows of the slices, ``ahead`` of them read before they are asked for."""
+    """The rows of the slices, ``config.prefetch`` of them read before they are asked for."""
+
+    def read(part: Slice) -> pa.Table:
+        def say(failure: str) -> None:
+            print(f"{folder.uri}: {entries[part.file].path}: {failure}", flush=True)
+
+        return patiently(lambda: _rows(folder, entries, source, part), config.storage_patience, say)
+
     try:
-        if ahead == 0:
-            yield from (_rows(folder, entries, source, part) for part in slices)
+        if config.prefetch == 0:
+            yield from map(read, slices)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="row-groups") as pool:
             pending: deque[Future[pa.Table]] = deque()
             try:
                 for part in slices:
-                    pending.append(pool.submit(_rows, folder, entries, source, part))
-                    if len(pending) > ahead:
+                    pending.append(pool.submit(read, part))
+                    if len(pending) > config.prefetch:
                         yield pending.popleft().result()
                 while pending:
                     yield pending.popleft().result()

@@ -1,7 +1,6 @@
 """Resumable checkpoints: safetensors and JSON, no pickle; the newest complete one counts."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +12,7 @@ from torch import Tensor
 
 from reclora_dist.contract.manifest import ContractError, Manifest, add_file, commit, read_manifest, verified
 from reclora_dist.contract.schema import CHECKPOINT
-from reclora_dist.contract.storage import Folder, StorageFullError
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
-"""How long a failed writing waits before it is tried again: twice as long each time, up to a bound."""
+from reclora_dist.contract.storage import Folder, patiently
 
 
 @dataclass(frozen=True)
@@ -135,17 +131,11 @@ class Writer:
             pending.result()
 
     def _save(self, checkpoint: Checkpoint) -> None:
-        deadline, wait = time.monotonic() + self._patience, FIRST_WAIT_S
-        while True:
-            try:
-                self._store.save(checkpoint)
-                return
-            except (OSError, StorageFullError) as error:
-                if time.monotonic() + wait > deadline:
-                    raise
-                self._say(f"checkpoint of step {checkpoint.step}: {error}; trying again in {wait:.0f} s")
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT_S)
+        patiently(
+            lambda: self._store.save(checkpoint),
+            self._patience,
+            lambda failure: self._say(f"checkpoint of step {checkpoint.step}: {failure}"),
+        )
 
 
 def _name(step: int) -> str:

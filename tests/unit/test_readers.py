@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import numpy as np
@@ -179,6 +180,48 @@ def test_a_reader_that_loses_rows_is_found_out(
     monkeypatch.setattr(ArrowReader, "read", lambda self, file, group: real(self, file, group)[lost])
     with pytest.raises(ContractError, match=rf"gave {lost.stop} rows, the manifest says"):
         list(read_batches(folder, entries, epoch(entries), COLUMNS))
+
+
+class Failing:
+    """Storage that does not answer the calls named by their number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
+        self.calls, self.seen, self.real = calls, 0, Folder.open
+        monkeypatch.setattr(Folder, "open", lambda folder, name: self.opened(folder, name))
+        monkeypatch.setattr(readers, "OPEN_FILES", 1)  # so that files are opened again
+
+    def opened(self, folder: Folder, name: str) -> IO[bytes]:
+        self.seen += 1
+        if self.seen - 1 in self.calls:
+            raise OSError("the storage does not answer")
+        return self.real(folder, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_storage_that_fails_for_a_while_costs_only_time(
+    folder: Folder,
+    entries: list[FileEntry],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    prefetch: int,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    plan = epoch(entries)
+    Failing(monkeypatch, range(2, 5))
+    assert ids(read_batches(folder, entries, plan, COLUMNS, ReaderConfig(kind, prefetch))) == expected_ids(plan)
+    assert waits == [1.0, 2.0, 4.0]
+    assert "the storage does not answer; trying again in 2 s" in capsys.readouterr().out
+
+
+def test_storage_that_fails_for_longer_ends_the_reading(
+    folder: Folder, entries: list[FileEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Failing(monkeypatch, range(2, 1000))
+    with pytest.raises(OSError, match="the storage does not answer"):
+        list(read_batches(folder, entries, epoch(entries), COLUMNS, ReaderConfig(storage_patience=0.0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
