@@ -2,10 +2,13 @@
 
     make bench NAME=oracle            one JSON object last
 
-The generated log publishes the probability of liking behind every event (`synthesise.truth`), so the best possible AUC
-on the test rows is known. Plain LoRA is trained on all samples, RecLoRA on a tenth of them; both see the same test rows
-and the same CRM. `share` is the part of the way from plain LoRA on all samples to the best possible AUC that RecLoRA
-goes; goals: above 0 with its interval, and .8. What users like must be guessed from their past, so 1 cannot be reached.
+Runs the study `oracle` (configs/study/oracle.yaml; its tables and plots lie in the folder of the runs). The generated
+log publishes the probability of liking behind every event, so the best possible AUC on the test rows is known. Plain
+LoRA is trained on all samples, RecLoRA on a tenth of them; both see the same test rows. `share` is the part of the way
+from plain LoRA on all samples to the best possible AUC that RecLoRA goes; goals: above 0 with its interval, and .8. What
+users like must be guessed from their past, so 1 cannot be reached. `impersonal`: the lead over LoRA, with as many
+samples, where all users like the same; goal: 0 ± .002 for a gate that reads the user only (RecLoRA's own gate reads the
+item, too, and so what the CRM learnt of it from ten times the samples).
 """
 
 import argparse
@@ -23,52 +26,50 @@ from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVALUATION, EVENTS, SHARDS
-from reclora_dist.evaluate.metrics import binary_metrics, paired_difference
+from reclora_dist.evaluate.metrics import Interval, binary_metrics, paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
-SEEDED = ("synthesise", "shards", "backbone", "crm_train", "lora_train", "evaluate")
-RUNS = {
-    "tenth": ["shards.text_train=0.1"],
-    "all": ["shards.text_train=1.0", "~adapters.uniform", "~adapters.reclora", "compare=[]"],
-}
-"""What each run changes: a tenth of the samples for all adapters of the demo, all of them for plain LoRA."""
 
 
 def main() -> None:
-    """Run both for every seed and print what was measured."""
+    """Run the study, then compare with the truth and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/oracle", help="folder of the runs")
-    parser.add_argument("--set", nargs="*", default=[], help="further settings of both runs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/studies/oracle", help="folder of the runs")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings of all runs")
     arguments = parser.parse_args()
-    found = [measured(seed, arguments.runs / f"seed-{seed}", arguments.set) for seed in range(arguments.seeds)]
+    settings, runs, seeds = ["study=oracle", *arguments.set], arguments.runs.resolve(), list(range(arguments.seeds))
+    study = [sys.executable, "-m", "reclora_dist.cli.study", *settings, f"paths.run={runs}", f"study.seeds={seeds}"]
+    subprocess.run(study, check=True, cwd=ROOT)
+    found = [measured(settings, runs, seed) for seed in seeds]
     print(json.dumps({"share": [seed["share"] for seed in found], "seeds": found}))
 
 
-def measured(seed: int, home: Path, more: list[str]) -> dict:
+def measured(settings: list[str], runs: Path, seed: int) -> dict:
     """AUC of the models and of the truth on the test rows of one seed."""
-    seeds = [f"{section}.seed={seed}" for section in SEEDED]
-    configs = {name: run([*changes, *seeds, *more], home / name) for name, changes in RUNS.items()}
-    tenth = {model: predictions(configs["tenth"], model) for model in ("lora", "uniform", "reclora", "crm")}
-    rows = tenth["reclora"]
-    every = predictions(configs["all"], "lora")
+    tenth, whole, impersonal = (
+        load([*settings, f"paths.run={runs / point / f'seed-{seed}'}"]) for point in ("tenth", "whole", "impersonal")
+    )
+    models = {model: predictions(tenth, model) for model in ("lora", "uniform", "reclora", "crm")}
+    rows, every = models["reclora"], predictions(whole, "lora")
     if not rows["sample_id"].equals(every["sample_id"]):
-        raise SystemExit("the two runs scored other test rows; use the same settings for both")
+        raise SystemExit("the runs scored other test rows; use the same settings for both")
     labels, users = rows["label"].to_numpy(), rows["user"].to_numpy()
-    scores = {f"{model}_tenth": table["score"].to_numpy() for model, table in tenth.items()}
-    scores |= {"lora_all": every["score"].to_numpy(), "truth": truth(configs["tenth"], rows)}
-    evaluate = configs["tenth"].evaluate
+    scores = {f"{model}_tenth": table["score"].to_numpy() for model, table in models.items()}
+    scores |= {"lora_whole": every["score"].to_numpy(), "truth": truth(tenth, rows)}
+    evaluate = tenth.evaluate
     auc = {name: round(binary_metrics(labels, s, users, evaluate)["auc"].mean, 5) for name, s in scores.items()}
-    lead = paired_difference(labels, scores["reclora_tenth"], scores["lora_all"], users, evaluate)
-    share = (auc["reclora_tenth"] - auc["lora_all"]) / (auc["truth"] - auc["lora_all"])
-    return {"auc": auc, "reclora_tenth_minus_lora_all": vars(lead), "share": round(share, 4)}
+    lead = paired_difference(labels, scores["reclora_tenth"], scores["lora_whole"], users, evaluate)
+    share = (auc["reclora_tenth"] - auc["lora_whole"]) / (auc["truth"] - auc["lora_whole"])
+    leads = {model: vars(lead_over_lora(impersonal, model)) for model in ("reclora", "user")}
+    return {"auc": auc, "reclora_tenth_minus_lora_whole": vars(lead), "share": round(share, 4), "impersonal": leads}
 
 
-def run(overrides: list[str], home: Path) -> Config:
-    """The pipeline to its end; finished stages are skipped."""
-    arguments = ["synthesise.truth=true", "serve.check=false", f"paths.run={home.resolve()}", *overrides]
-    subprocess.run([sys.executable, "-m", "reclora_dist.cli.pipeline", *arguments], check=True, cwd=ROOT)
-    return load(arguments)
+def lead_over_lora(config: Config, model: str) -> Interval:
+    """AUC of a model minus plain LoRA's on the same test rows."""
+    rows, lora = predictions(config, model), predictions(config, "lora")
+    labels, users = rows["label"].to_numpy(), rows["user"].to_numpy()
+    return paired_difference(labels, rows["score"].to_numpy(), lora["score"].to_numpy(), users, config.evaluate)
 
 
 def predictions(config: Config, model: str) -> pa.Table:
