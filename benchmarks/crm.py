@@ -4,9 +4,9 @@
 
 Both train DIN on all training samples with the 60 newest events of each user, with equal widths, batch size and
 number of epochs, on two threads; FuxiCTR (its own model, loader, loop and evaluation) in a process of its own with a
-loading process beside it, in turns with ours. FuxiCTR's reads items, their fields and the user's fields; ours also the
-rating of each past event, but no running statistics here. Learning rates: FuxiCTR's default of 1e-3 without a
-schedule, ours.
+loading process beside it, in turns with ours. Both read items, their fields, the user's fields and the rating of each
+past event (FuxiCTR's as a feature of the item, unknown for the target), and no running statistics. Learning rates:
+FuxiCTR's default of 1e-3 without a schedule, ours.
 
 `samples_vs_fuxictr`: goal 3. `auc_difference`: ours minus theirs at the end, goal 0 or better. Needs the extra `bench`.
 """
@@ -97,10 +97,13 @@ def write_rival(config: Config, home: Path) -> None:
     """The same samples in FuxiCTR's layout: each names its user and how many of that user's events come before it."""
     home.mkdir(parents=True, exist_ok=True)
     events, shards = manifest(config, "events", EVENTS), manifest(config, "shards", SHARDS)
-    sequences = read_parts(folder(config, "events"), events.select("events/"), ["sample_id", "user", "item"])
+    columns = ["sample_id", "user", "item", "level"]
+    sequences = read_parts(folder(config, "events"), events.select("events/"), columns)
     sequences = sequences.sort_by("sample_id")  # user, then place among the user's events
     users, first = np.unique(sequences["user"].to_numpy(), return_index=True)
-    lists = pa.array(np.split(sequences["item"].to_numpy(), first[1:]))
+    ratings = len(events.facts["rating_levels"]) + 1  # each item once per rating, 0 where it is not known
+    rated = sequences["item"].to_numpy().astype(np.int64) * ratings + sequences["level"].to_numpy()
+    lists = pa.array(np.split(rated, first[1:]))
     whole = [[] for _ in range(int(users.max()) + 1)]
     for user, items in zip(users.tolist(), lists.to_pylist(), strict=True):
         whole[user] = items
@@ -109,24 +112,25 @@ def write_rival(config: Config, home: Path) -> None:
     items = read_parts(folder(config, "events"), events.select("items/"), ["item", "fields"]).sort_by("item")
     fields = np.stack(items["fields"].to_numpy(zero_copy_only=False)) if items.num_rows else np.zeros((0, 0))
     numbers = np.concatenate([[0], items["item"].to_numpy()]).astype(np.int64)
-    columns = {"item_index": numbers, "item": numbers}
-    columns |= {f"item_{i}": np.concatenate([[0], fields[:, i]]).astype(np.int64) for i in range(fields.shape[1])}
-    pq.write_table(pa.table(columns), home / "item_info.parquet")
+    rated_items = {"item": np.repeat(numbers, ratings), "level": np.tile(np.arange(ratings), len(numbers))}
+    for i in range(fields.shape[1]):
+        rated_items[f"item_{i}"] = np.repeat(np.concatenate([[0], fields[:, i]]).astype(np.int64), ratings)
+    index = rated_items["item"] * ratings + rated_items["level"]
+    pq.write_table(pa.table({"item_index": index, **rated_items}), home / "item_info.parquet")
 
-    profile = 0
     for split in ("train", "validation"):
         table = read_parts(folder(config, "shards"), shards.select(f"crm/split={split}/"))
         place = pc.bit_wise_and(table["sample_id"], 0xFFFFFFFF)
         own = np.stack(table["user_fields"].to_numpy(zero_copy_only=False))
-        profile = own.shape[1]
         rows = {"label": table["label"].cast(pa.int64()), "user_index": table["user"].cast(pa.int64())}
-        rows |= {"item_index": table["item"].cast(pa.int64()), "seq_len": place}
-        rows |= {f"user_{i}": pa.array(own[:, i].astype(np.int64)) for i in range(profile)}
+        rows |= {"item_index": pc.multiply(table["item"].cast(pa.int64()), ratings), "seq_len": place}
+        rows |= {f"user_{i}": pa.array(own[:, i].astype(np.int64)) for i in range(own.shape[1])}
         pq.write_table(pa.table(rows), home / f"{split}.parquet")
     facts = events.facts
-    sizes = {"item": (facts["items"], "item")}
+    sizes = {"item": (facts["items"], "item"), "level": (ratings - 1, "item")}
     sizes |= {f"item_{i}": (len(values), "item") for i, values in enumerate(facts["item_fields"].values())}
-    sizes |= {f"user_{i}": (len(values), "user") for i, values in enumerate(facts["user_fields"].values())}
+    profile = enumerate(facts["user_fields"].items())
+    sizes |= {f"user_{i}": (len(values), "user") for i, (name, values) in profile if name not in config.crm.ignore}
     _write_settings(config, home, sizes)
 
 

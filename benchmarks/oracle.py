@@ -5,10 +5,10 @@
 Runs the study `oracle` (configs/study/oracle.yaml; its tables and plots lie in the folder of the runs). The generated
 log publishes the probability of liking behind every event, so the best possible AUC on the test rows is known. Plain
 LoRA is trained on all samples, RecLoRA on a tenth of them; both see the same test rows. `share` is the part of the way
-from plain LoRA on all samples to the best possible AUC that RecLoRA goes; goals: above 0 with its interval, and .8. What
-users like must be guessed from their past, so 1 cannot be reached. `impersonal`: the lead over LoRA, with as many
-samples, where all users like the same; goal: 0 ± .002 for a gate that reads the user only (RecLoRA's own gate reads the
-item, too, and so what the CRM learnt of it from ten times the samples).
+from plain LoRA on all samples to the best possible AUC that RecLoRA goes; goals: above 0 with its interval, and .8.
+What users like must be guessed from their past, so 1 cannot be reached. `impersonal`: the lead over LoRA, with as many
+samples, where all users like the same; goal: 0 ± .002 for a gate that reads the user only (RecLoRA's own gate reads
+the item, too, and so what the CRM learnt of it from ten times the samples).
 """
 
 import argparse
