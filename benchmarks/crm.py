@@ -8,7 +8,9 @@ loading process beside it, in turns with ours. Both read items, their fields, th
 past event (FuxiCTR's as a feature of the item, unknown for the target), and no running statistics. Learning rates:
 FuxiCTR's default of 1e-3 without a schedule, ours.
 
-`samples_vs_fuxictr`: goal 3. `auc_difference`: ours minus theirs at the end, goal 0 or better. Needs the extra `bench`.
+`samples_vs_fuxictr`: goal 3. `auc_difference`: ours minus theirs at the end, goal 0 or better. `step_ms`: a training step
+of ours on random batches as large, by the number of items in the log, with a row of embeddings for each and hashed to
+50,000 rows. Needs the extra `bench`.
 """
 
 import argparse
@@ -17,7 +19,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +36,16 @@ from reclora_dist.config.schema import Config
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import CRM, EVENTS, SHARDS
+from reclora_dist.crm.batch import CrmBatch
+from reclora_dist.crm.inputs import Vocabulary
+from reclora_dist.crm.sim import Sim
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
+from reclora_dist.train.engine import MicroBatch, TorchEngine, build_optimiser
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = 2
+LOGS = (4_000, 100_000, 1_000_000)
 
 
 def main() -> None:
@@ -63,7 +72,39 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         theirs.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"FuxiCTR: {json.dumps(theirs[-1])}", flush=True)
-    print(json.dumps(summary(ours, theirs)))
+    print(json.dumps({**summary(ours, theirs), "step_ms": {str(items): step_ms(config, items) for items in LOGS}}))
+
+
+def step_ms(config: Config, items: int, steps: int = 5) -> dict[str, float]:
+    """Milliseconds of a training step on a log of ``items`` items: median of ``steps``."""
+    torch.set_num_threads(THREADS)
+    size, long = config.crm_train.batch_size, config.retrieval.long
+    draw = torch.Generator().manual_seed(0)
+    batch = CrmBatch(
+        sample_id=torch.arange(size),
+        item=torch.randint(1, items + 1, (size,), generator=draw),
+        user=torch.ones(size, dtype=torch.int64),
+        label=torch.randint(0, 2, (size,), generator=draw).float(),
+        user_fields=torch.zeros(size, 0, dtype=torch.int64),
+        statistics=torch.zeros(size, 4),
+        items=torch.randint(1, items + 1, (size, long), generator=draw),
+        levels=torch.randint(1, 6, (size, long), generator=draw),
+        length=torch.full((size,), long),
+    )
+    found = {}
+    for name, rows in (("a row each", 0), ("hashed", 50_000)):
+        torch.manual_seed(0)
+        crm = replace(config.crm, item_rows=rows, ignore=())
+        model = Sim(crm, Vocabulary(items, 1, 5, (), (18,)), torch.ones(items + 1, 1, dtype=torch.int64))
+        optimiser = build_optimiser(model, config.crm_train, fused=True)
+        engine = TorchEngine(model, optimiser, stages.crm_loss, config.crm_train, Context())
+        spent = []
+        for _ in range(steps + 1):
+            since = time.perf_counter()
+            engine.step([MicroBatch(batch, 1.0)], 1.0)
+            spent.append(time.perf_counter() - since)
+        found[name] = round(1e3 * statistics.median(spent[1:]), 1)
+    return found
 
 
 def summary(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:

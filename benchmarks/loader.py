@@ -141,7 +141,7 @@ def consumer(config: Config) -> Callable[[], float]:
     model = stages.build_model(
         config, config.adapters["reclora"], load_crm(folder(config, "crm"), manifest(config, "crm", CRM))
     )
-    optimiser = build_optimiser(model, config.lora_train)
+    optimiser = build_optimiser(model, config.lora_train, fused=True)
     engine = TorchEngine(model, optimiser, stages.text_loss, config.lora_train, Context())
     steps = text_data(config).batches(0, 0)
     batches = [next(steps) for _ in range(4)]

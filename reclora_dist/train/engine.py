@@ -91,16 +91,21 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def build_optimiser(
-    model: nn.Module, config: TrainConfig, role: Callable[[str], str] = lambda name: "other"
+    model: nn.Module, config: TrainConfig, role: Callable[[str], str] = lambda name: "other", fused: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW with a learning rate of its own for the banks and the gates (each group keeps its peak as ``peak``)."""
+    """AdamW with a learning rate of its own for the banks and the gates (each group keeps its peak as ``peak``).
+
+    Args:
+        fused: one pass over each parameter; for an optimiser that no engine takes apart. With a million rows of
+            embeddings it is 15 times as fast (docs/results).
+    """
     peaks = {"bank": config.bank_lr or config.lr, "gate": config.gate_lr or config.lr, "other": config.lr}
     groups = []
     for kind, peak in peaks.items():
         parameters = [p for name, p in trainable(model).items() if role(name) == kind]
         if parameters:
             groups.append({"params": parameters, "lr": peak, "peak": peak})
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
 def schedule(step: int, total: int, config: TrainConfig) -> float:
@@ -196,8 +201,9 @@ def restore_moments(
     model: nn.Module, optimiser: torch.optim.Optimizer, state: Mapping[str, Tensor], steps: int
 ) -> None:
     """Fill the moments of an optimiser that is indexed by the model's own parameters."""
+    fused = optimiser.defaults.get("fused")
     for name, parameter in trainable(model).items():
-        entry: dict[str, Tensor] = {"step": torch.tensor(float(steps))}
+        entry = {"step": torch.tensor(float(steps), device=parameter.device if fused else "cpu")}
         for moment in MOMENTS:
             entry[moment] = state[f"{moment}/{name}"].to(parameter)
         optimiser.state[parameter] = entry

@@ -129,7 +129,8 @@ def prepare_crm(config: Config, context: Context, fresh: bool = False) -> Prepar
     model = build_crm(config.crm, events.facts, items)
     target, store = crm_target(config), checkpoints(config, "crm")
     resume = _taken_up(model, store, context, fresh)
-    engine = TorchEngine(model, build_optimiser(model, config.crm_train), crm_loss, config.crm_train, context)
+    optimiser = build_optimiser(model, config.crm_train, fused=True)
+    engine = TorchEngine(model, optimiser, crm_loss, config.crm_train, context)
     data = Data(config, shards, "crm", CRM_COLUMNS, crm_batch, config.crm_train, context)
     task = Task("crm", engine, data.steps_per_epoch, data.batches, lambda: data.auc(engine, _crm_scores))
 
@@ -252,8 +253,9 @@ def _text_scores(model: torch.nn.Module, batch: TextBatch) -> Tensor:
 
 
 def _engine(config: Config, model: RecLora, context: Context) -> Engine:
-    optimiser = build_optimiser(model, config.lora_train, parameter_role)
-    if config.engine.kind == "torch":
+    plain = config.engine.kind == "torch"
+    optimiser = build_optimiser(model, config.lora_train, parameter_role, fused=plain)
+    if plain:
         return TorchEngine(model, optimiser, adapter_loss(model), config.lora_train, context)
     from reclora_dist.train.deepspeed_engine import DeepSpeedEngine
 

@@ -126,7 +126,7 @@ def test_micro_batches_give_the_whole_batchs_step(data: Path) -> None:
         torch.manual_seed(0)
         model = nn.Linear(4, 1)
         train = TrainConfig(lr=0.1, clip=0.5)
-        engine = TorchEngine(model, build_optimiser(model, train), mean_square, train, Context())
+        engine = TorchEngine(model, build_optimiser(model, train, fused=True), mean_square, train, Context())
         x = torch.arange(24.0).view(6, 4)
         micro_batches = [MicroBatch(rows, len(rows) / 6) for rows in x.split(sizes)]
         return engine.step(micro_batches, 1.0), model.weight.detach()
