@@ -8,9 +8,9 @@ loading process beside it, in turns with ours. Both read items, their fields, th
 past event (FuxiCTR's as a feature of the item, unknown for the target), and no running statistics. Learning rates:
 FuxiCTR's default of 1e-3 without a schedule, ours.
 
-`samples_vs_fuxictr`: goal 3. `auc_difference`: ours minus theirs at the end, goal 0 or better. `step_ms`: a training step
-of ours on random batches as large, by the number of items in the log, with a row of embeddings for each and hashed to
-50,000 rows. Needs the extra `bench`.
+`samples_vs_fuxictr`: goal 3. `auc_difference`: ours minus theirs at the end, goal 0 or better. `step_ms`: a training
+step of ours on random batches as large, by the number of items in the log, with a row of embeddings for each and with
+them hashed to 50,000 rows. Needs the extra `bench`.
 """
 
 import argparse

@@ -63,9 +63,15 @@ def vectors_target(config: Config) -> Target:
 
 
 def crm_target(config: Config) -> Target:
-    """The trained CRM, whatever the number of workers: it decides only in which order the samples come."""
+    """The trained CRM, whatever the number of workers: it decides only in which order the samples come.
+
+    The text samples are none of its inputs: with more or fewer of them it stays up to date.
+    """
     used = digest([config.crm, meaning(config.crm_train)])
-    return Target(folder(config, "crm"), CRM, used, _digests(config, {"shards": SHARDS}))
+    parents = _digests(config, {"events": EVENTS}) | {
+        "shards/crm": manifest(config, "shards", SHARDS).part_digest("crm/")
+    }
+    return Target(folder(config, "crm"), CRM, used, parents)
 
 
 def adapter_target(config: Config, name: str) -> Target:

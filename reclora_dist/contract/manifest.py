@@ -61,6 +61,10 @@ class Manifest:
         files = sorted((entry.path, entry.sha256) for entry in self.files)
         return digest([self.format, self.version, files, self.facts])
 
+    def part_digest(self, prefix: str) -> str:
+        """Digest of the contents of the files whose path starts with ``prefix``: of what reads only these."""
+        return digest([self.format, self.version, [(entry.path, entry.sha256) for entry in self.select(prefix)]])
+
     def select(self, prefix: str) -> tuple[FileEntry, ...]:
         """The files whose path starts with ``prefix``, in path order."""
         return tuple(sorted((f for f in self.files if f.path.startswith(prefix)), key=lambda f: f.path))

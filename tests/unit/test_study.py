@@ -20,10 +20,10 @@ from reclora_dist.cli.compose import CONFIGS, load
 from reclora_dist.config.check import check_study
 from reclora_dist.config.load import ConfigError, build, override
 from reclora_dist.config.schema import Config, StudyConfig, SynthesiseConfig
-from reclora_dist.config.targets import backbone_target
+from reclora_dist.config.targets import backbone_target, crm_target
 from reclora_dist.contract.manifest import Manifest, add_file, commit, digest, read_manifest
 from reclora_dist.contract.parts import write_part
-from reclora_dist.contract.schema import BACKBONE, EVALUATION, EVENTS, RAW, predictions
+from reclora_dist.contract.schema import BACKBONE, CRM, EVALUATION, EVENTS, RAW, SHARDS, predictions
 from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.metrics import Interval, paired_difference
 from reclora_dist.ray_app.reuse import reuse_stages
@@ -338,6 +338,23 @@ def test_a_sibling_s_stages_are_linked_if_settings_and_parents_are_the_same(tmp_
     write_dataset(Folder(same.paths.run).child("events"), EVENTS, "another configuration", {}, b"events")
     assert reuse_stages(same, [one.paths.run]) == ["backbone"], "the same parent is there now, raw was there before"
     assert reuse_stages(other, [one.paths.run]) == []
+
+
+def test_a_crm_is_shared_by_runs_that_differ_in_their_text_samples(tmp_path: Path) -> None:
+    few, many = (compose([f"paths.run={tmp_path / n}", f"shards.text_train={n}"]) for n in ("100", "200"))
+    for config in (few, many):
+        run = Folder(config.paths.run)
+        write_dataset(run.child("events"), EVENTS, "of both", {}, b"events")
+        place = run.child("shards")
+        own = config.paths.run.encode()
+        files = add_file(place, "crm/part.bin", b"all samples"), add_file(place, "text/part.bin", own)
+        commit(place, Manifest(SHARDS.name, SHARDS.version, "its own", {}, files, {}))
+    made = crm_target(few)
+    write_dataset(made.folder, CRM, made.config_digest, dict(made.parents), b"crm")
+    assert "crm" in reuse_stages(many, [few.paths.run])
+    place = Folder(many.paths.run).child("shards")
+    commit(place, Manifest(SHARDS.name, SHARDS.version, "", {}, (add_file(place, "crm/part.bin", b"others"),), {}))
+    assert not crm_target(many).is_current
 
 
 def test_a_linked_stage_that_is_made_anew_leaves_the_siblings_whole(tmp_path: Path) -> None:
