@@ -16,11 +16,16 @@ from reclora_dist.crm.batch import CrmBatch
 from reclora_dist.crm.build import Crm
 from reclora_dist.data.collate import TextCollator, crm_batch
 from reclora_dist.data.features import FeatureStore
+from reclora_dist.data.micro import by_tokens
 from reclora_dist.data.prompts import PromptBuilder
 from reclora_dist.lora.adapter import AdapterConfig, load_adapter, resolved_backbone
+from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.model import RecLora
 
 Scores = npt.NDArray[np.float64]
+
+CACHED_TOKENS = 2048
+"""Tokens, padding included, that a CPU takes at a time, unless one prompt is longer."""
 
 
 def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextCollator:
@@ -110,13 +115,15 @@ class Scorer:
         """
         scores = np.empty(rows.num_rows)
         for places, table in self._batches(rows):
-            batch = self.collate(table).to(self.device)
-            foreign = None
-            if donors is not None:
-                crm = crm_batch(donors.take(pa.array(places))).to(self.device)
-                foreign = self.model.mixture(dataclasses.replace(batch, crm=crm))
-            logits = self.model(batch, foreign)
-            scores[places] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
+            whole = self.collate(table)
+            for part in self._passes(whole):
+                batch = whole.take(torch.from_numpy(part)).to(self.device)
+                foreign = None
+                if donors is not None:
+                    crm = crm_batch(donors.take(pa.array(places[part]))).to(self.device)
+                    foreign = self.model.mixture(dataclasses.replace(batch, crm=crm))
+                logits = self.model(batch, foreign)
+                scores[places[part]] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
         return scores
 
     @torch.inference_mode()
@@ -139,6 +146,13 @@ class Scorer:
             if mixture is not None:
                 parts[places] = mixture.transpose(0, 1).float().cpu().numpy()
         return parts
+
+    def _passes(self, batch: TextBatch) -> list[npt.NDArray[np.int64]]:
+        """The rows of each forward pass; a CPU takes as many as leave their activations in its caches."""
+        if self.device.type != "cpu":
+            return [np.arange(len(batch))]
+        lengths = batch.last.numpy() + 1
+        return by_tokens(lengths, max(CACHED_TOKENS, int(lengths.max())))
 
     def _batches(self, rows: pa.Table) -> list[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Batches of rows with histories of like length, so that little is padded, and their places in ``rows``."""
