@@ -135,16 +135,21 @@ def train(config: Config) -> dict:
 
 
 def write_rival(config: Config, home: Path) -> None:
-    """The same samples in FuxiCTR's layout: each names its user and how many of that user's events come before it."""
+    """The same samples in FuxiCTR's layout: each names its user and how many of that user's events are earlier.
+
+    Events of the same moment are no history in ours, so they are none in theirs.
+    """
     home.mkdir(parents=True, exist_ok=True)
     events, shards = manifest(config, "events", EVENTS), manifest(config, "shards", SHARDS)
-    columns = ["sample_id", "user", "item", "level"]
+    columns = ["sample_id", "user", "item", "level", "time"]
     sequences = read_parts(folder(config, "events"), events.select("events/"), columns)
     sequences = sequences.sort_by("sample_id")  # user, then place among the user's events
     users, first = np.unique(sequences["user"].to_numpy(), return_index=True)
     ratings = len(events.facts["rating_levels"]) + 1  # each item once per rating, 0 where it is not known
     rated = sequences["item"].to_numpy().astype(np.int64) * ratings + sequences["level"].to_numpy()
     lists = pa.array(np.split(rated, first[1:]))
+    times = np.split(sequences["time"].to_numpy(), first[1:])
+    earlier = np.concatenate([np.searchsorted(own, own, "left") for own in times])
     whole = [[] for _ in range(int(users.max()) + 1)]
     for user, items in zip(users.tolist(), lists.to_pylist(), strict=True):
         whole[user] = items
@@ -161,7 +166,7 @@ def write_rival(config: Config, home: Path) -> None:
 
     for split in ("train", "validation"):
         table = read_parts(folder(config, "shards"), shards.select(f"crm/split={split}/"))
-        place = pc.bit_wise_and(table["sample_id"], 0xFFFFFFFF)
+        place = earlier[np.searchsorted(sequences["sample_id"].to_numpy(), table["sample_id"].to_numpy())]
         own = np.stack(table["user_fields"].to_numpy(zero_copy_only=False))
         rows = {"label": table["label"].cast(pa.int64()), "user_index": table["user"].cast(pa.int64())}
         rows |= {"item_index": pc.multiply(table["item"].cast(pa.int64()), ratings), "seq_len": place}

@@ -68,10 +68,8 @@ def crm_target(config: Config) -> Target:
     The text samples are none of its inputs: with more or fewer of them it stays up to date.
     """
     used = digest([config.crm, meaning(config.crm_train)])
-    parents = _digests(config, {"events": EVENTS}) | {
-        "shards/crm": manifest(config, "shards", SHARDS).part_digest("crm/")
-    }
-    return Target(folder(config, "crm"), CRM, used, parents)
+    samples = manifest(config, "shards", SHARDS).part_digest("crm/")
+    return Target(folder(config, "crm"), CRM, used, {**_digests(config, {"events": EVENTS}), "shards/crm": samples})
 
 
 def adapter_target(config: Config, name: str) -> Target:
