@@ -432,7 +432,7 @@ class TrackingConfig(Section):
 class EvaluateConfig(Section):
     """Metrics and their intervals."""
 
-    batch_size: int = knob(256, "samples per forward pass")
+    batch_size: int = knob(256, "samples per forward pass, at most")
     bootstrap: int = knob(1000, "bootstrap resamples of users")
     calibration_bins: int = knob(15, "bins of the expected calibration error")
     shuffled: bool = knob(
