@@ -268,7 +268,7 @@ class CrmConfig(Section):
     positions: int = knob(200, "sasrec: positions that are told apart, from the newest; older ones share the last")
     dnn: tuple[int, ...] = knob((256, 256, 256), "hidden widths of the DNN; the last is the state that gates read")
     dropout: float = knob(0.1, "dropout of the DNN and of sasrec's blocks")
-    embedding_dropout: float = knob(0.1, "dropout of the embeddings")
+    embedding_dropout: float = knob(0.0, "dropout of the embeddings")
     user_id: bool = knob(False, "embed the user's id (useless where test users are new)")
     statistics: bool = knob(True, "read the running statistics of item and user")
     ignore: tuple[str, ...] = knob(

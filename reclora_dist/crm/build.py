@@ -18,6 +18,7 @@ from reclora_dist.crm.dcnv2 import DcnV2
 from reclora_dist.crm.deepfm import DeepFm
 from reclora_dist.crm.gru4rec import Gru4Rec
 from reclora_dist.crm.inputs import Vocabulary, item_fields_tensor
+from reclora_dist.crm.layers import initialise
 from reclora_dist.crm.sasrec import SasRec
 from reclora_dist.crm.sim import Sim
 
@@ -62,7 +63,9 @@ def vocabulary_of(facts: Mapping[str, Any], ignore: Sequence[str] = ()) -> Vocab
 
 def build_crm(config: CrmConfig, facts: Mapping[str, Any], items: pa.Table) -> Crm:
     """An untrained CRM for the data that ``facts`` and the item table describe."""
-    return KINDS[config.kind](config, vocabulary_of(facts, config.ignore), _fields_of(items))
+    model = KINDS[config.kind](config, vocabulary_of(facts, config.ignore), _fields_of(items))
+    initialise(model)
+    return model
 
 
 def _fields_of(items: pa.Table) -> Tensor:

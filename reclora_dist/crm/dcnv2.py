@@ -32,7 +32,7 @@ class DcnV2(nn.Module):
         super().__init__()
         self.config = config
         self.inputs = Inputs(config, vocabulary, item_fields)
-        width = self.inputs.item_width
+        width = self.inputs.step_width
         d_in = 2 * width + self.inputs.user_width + self.inputs.statistics_width
         self.cross = CrossNetwork(d_in, config.layers)
         self.dnn = mlp(d_in, config.dnn, config.dropout)

@@ -21,7 +21,7 @@ class DeepFm(nn.Module):
         super().__init__()
         self.config = config
         self.inputs = Inputs(config, vocabulary, item_fields)
-        width = self.inputs.item_width
+        width = self.inputs.step_width
         d_in = 2 * width + self.inputs.user_width + self.inputs.statistics_width
         self.dnn = mlp(d_in, config.dnn, config.dropout)
         self.logit = nn.Linear(d_in + config.dnn[-1], 1)
@@ -32,9 +32,10 @@ class DeepFm(nn.Module):
         """State and logit of a batch; the user's state has the history's mean."""
         x: Embedded = self.inputs(batch)
         mean = masked_mean(x.history, x.mask)
-        fields = torch.cat([x.target, mean, x.user], dim=-1)
+        items = self.inputs.item_width  # ratings are narrower than a field
+        fields = torch.cat([x.target[:, :items], mean[:, :items], x.user], dim=-1)
         pairs = sum_of_products(fields.unflatten(-1, (-1, self.config.embedding)))
-        read = torch.cat([fields, x.statistics], dim=-1)
+        read = torch.cat([x.target, mean, x.user, x.statistics], dim=-1)
         deep = self.dnn(read)
         logit = self.logit(torch.cat([read, deep], dim=-1)).squeeze(-1) + pairs.sum(-1)
         return CrmOutput(torch.cat([deep, pairs], dim=-1), logit, lambda: torch.cat([mean, x.known], dim=-1))

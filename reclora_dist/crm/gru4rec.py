@@ -17,7 +17,7 @@ class Gru4Rec(nn.Module):
         super().__init__()
         self.config = config
         self.inputs = Inputs(config, vocabulary, item_fields)
-        width = self.inputs.item_width
+        width = self.inputs.step_width
         self.gru = nn.GRU(width, width, config.layers, batch_first=True)
         d_in = 3 * width + self.inputs.user_width + self.inputs.statistics_width
         self.dnn = mlp(d_in, config.dnn, config.dropout)

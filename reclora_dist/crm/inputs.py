@@ -15,6 +15,9 @@ PRIME = 2**31 - 1
 HASHES = ((1_103_515_245, 12_345), (1_779_033_703, 1_013_904_223))
 """(a, b) of the hash functions ((a x + b) mod PRIME) mod rows (Carter and Wegman); a x fits int64 for all positions."""
 
+INITIAL_STD = 0.01
+"""Standard deviation of untrained embeddings: small, so that rare values stay near the mean of all."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -40,8 +43,8 @@ class Table(nn.Embedding):
         self.hashed = hashed
 
     def reset_parameters(self) -> None:
-        """A small standard deviation; row 0, which training may never see, starts at the mean."""
-        nn.init.normal_(self.weight, std=0.1)
+        """Row 0, which training may never see, starts at the mean."""
+        nn.init.normal_(self.weight, std=INITIAL_STD)
         self.weight.data[0] = 0
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ class Fields(nn.Module):
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int64), persistent=False)
         self.table = nn.Embedding(int(offsets[-1]), width)
         self.width = width * len(sizes)
-        nn.init.normal_(self.table.weight, std=0.1)
+        nn.init.normal_(self.table.weight, std=INITIAL_STD)
 
     def forward(self, fields: Tensor) -> Tensor:
         """int64 [..., fields] -> [..., fields * width]."""
@@ -78,8 +81,8 @@ class Embedded(NamedTuple):
     """A batch after its embeddings.
 
     Attributes:
-        target: the target item, [batch, item_width].
-        history: every step, [batch, steps, item_width].
+        target: the target item, its rating unknown, [batch, step_width].
+        history: every step's item and rating, [batch, steps, step_width].
         mask: bool [batch, steps], True where a step is real.
         user: fields and perhaps the id, [batch, user_width].
         statistics: 6 features of the running counts, [batch, 6]; [batch, 0] where they are switched off.
@@ -103,6 +106,8 @@ class Inputs(nn.Module):
     Attributes:
         item_fields: the field positions of every item, int64 [items + 1, fields]. Items beyond are unknown.
         users: users there were at the training.
+        item_width: width of an item's id and fields, a multiple of ``config.embedding``.
+        step_width: width of an item with its rating, which stands last.
     """
 
     item_fields: Tensor
@@ -117,9 +122,10 @@ class Inputs(nn.Module):
         self.fields = Fields(vocabulary.item_fields, width)
         self.user_fields = Fields(vocabulary.user_fields, width)
         self.user = Table(vocabulary.users, width, config.user_rows) if config.user_id else None
-        self.level = Table(vocabulary.levels, width)
         self.item_width = width + self.fields.width
-        self.step = nn.Linear(self.item_width + width, self.item_width)
+        self.gain = Table(vocabulary.levels, self.item_width)
+        self.level = Table(vocabulary.levels, max(1, width // 4))  # a handful of values needs few numbers
+        self.step_width = self.item_width + self.level.embedding_dim
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.user_width = self.user_fields.width + width * config.user_id
         self.statistics_width = 6 * config.statistics
@@ -132,8 +138,8 @@ class Inputs(nn.Module):
             user.append(self.dropout(self.user(batch.user)))
         statistics = statistics_features(batch.statistics) if self.config.statistics else batch.statistics[:, :0]
         return Embedded(
-            target=self.dropout(self._item_vectors(self._known(batch.item))),
-            history=self._history(self._known(batch.items), batch.levels),
+            target=self._steps(self._known(batch.item), torch.zeros_like(batch.item)),
+            history=self._steps(self._known(batch.items), batch.levels),
             mask=torch.arange(batch.items.shape[1], device=batch.length.device) < batch.length[:, None],
             user=torch.cat(user, dim=-1),
             statistics=statistics,
@@ -142,24 +148,20 @@ class Inputs(nn.Module):
     def _known(self, items: Tensor) -> Tensor:
         return torch.where(items < len(self.item_fields), items, 0)
 
-    def _item_vectors(self, items: Tensor) -> Tensor:
-        return torch.cat([self.item(items), self.fields(self.item_fields[items])], dim=-1)
+    def _steps(self, items: Tensor, levels: Tensor) -> Tensor:
+        """Item and fields, scaled by the rating, beside the rating: int64 [...] twice -> [..., step_width].
 
-    def _history(self, items: Tensor, levels: Tensor) -> Tensor:
-        """ReLU(Linear([item; rating])) of every step, [batch, steps, item_width].
-
-        When the batch holds more steps than there are pairs of an item and a rating, each pair is computed once and
-        then looked up. The layer is linear before its ReLU, so items and levels are projected apart.
+        Scaled element by element (arXiv 1709.07871), so that even a mean of steps tells what was liked from what was
+        not. Where there are more steps than pairs of an item and a rating, each pair is put together once.
         """
-        by_item, by_level = self.step.weight.split([self.item_width, self.config.embedding], dim=1)
-        level = F.linear(self.level.weight, by_level, self.step.bias)
-        if items.numel() > len(self.item_fields) * len(level):
-            every = torch.arange(len(self.item_fields), device=items.device)
-            projected = F.linear(self.dropout(self._item_vectors(every)), by_item)
-            pairs = F.relu(projected[:, None] + level).flatten(0, 1)
+        ratings = self.level.num_embeddings
+        pairs = len(self.item_fields) * ratings
+        if items.numel() > pairs:
+            every = torch.arange(pairs, device=items.device)
             # F.embedding's backward is one scatter; indexing's is a sort
-            return F.embedding(items * len(level) + levels, pairs)
-        return F.relu(F.linear(self.dropout(self._item_vectors(items)), by_item) + F.embedding(levels, level))
+            return F.embedding(items * ratings + levels, self._steps(every // ratings, every % ratings))
+        item = self.dropout(torch.cat([self.item(items), self.fields(self.item_fields[items])], dim=-1))
+        return torch.cat([item * (1 + self.gain(levels)), self.level(levels)], dim=-1)
 
 
 def statistics_features(counts: Tensor) -> Tensor:

@@ -16,6 +16,15 @@ def mlp(d_in: int, widths: Sequence[int], dropout: float = 0.0) -> nn.Sequential
     return nn.Sequential(*layers)
 
 
+def initialise(model: nn.Module) -> None:
+    """Weights of all linear layers from Glorot's normal distribution (proceedings.mlr.press/v9/glorot10a), no bias."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 CACHED_STEPS = 2**15
 """History steps that a CPU attends to at a time: what the MLP makes of them (256 bytes each) stays in its caches."""
 

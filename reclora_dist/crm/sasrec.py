@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from reclora_dist.config.schema import CrmConfig
 from reclora_dist.crm.batch import CrmBatch, CrmOutput
-from reclora_dist.crm.inputs import Embedded, Inputs, Vocabulary
+from reclora_dist.crm.inputs import INITIAL_STD, Embedded, Inputs, Vocabulary
 from reclora_dist.crm.layers import last_step, mlp
 
 
@@ -40,8 +40,9 @@ class SasRec(nn.Module):
         self.config = config
         self.inputs = Inputs(config, vocabulary, item_fields)
         width = self.inputs.item_width
+        self.read = nn.Linear(self.inputs.step_width, width)  # which the heads divide
         self.position = nn.Embedding(config.positions, width)
-        nn.init.normal_(self.position.weight, std=0.1)
+        nn.init.normal_(self.position.weight, std=INITIAL_STD)
         self.blocks = nn.Sequential(*[Block(width, config.heads, config.dropout) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(width)
         d_in = 3 * width + self.inputs.user_width + self.inputs.statistics_width
@@ -53,9 +54,10 @@ class SasRec(nn.Module):
     def forward(self, batch: CrmBatch) -> CrmOutput:
         """State and logit of a batch; the user's state has the newest step's."""
         x: Embedded = self.inputs(batch)
-        steps = self.blocks(x.history + self.position(self._ages(batch)))  # causal, so no real step sees the padding
+        steps, target = self.read(x.history), self.read(x.target)
+        steps = self.blocks(steps + self.position(self._ages(batch)))  # causal, so no real step sees the padding
         last = last_step(self.norm(steps), batch.length)
-        state = self.dnn(torch.cat([x.target, last, x.target * last, x.user, x.statistics], dim=-1))
+        state = self.dnn(torch.cat([target, last, target * last, x.user, x.statistics], dim=-1))
         return CrmOutput(state, self.logit(state).squeeze(-1), lambda: torch.cat([last, x.known], dim=-1))
 
     def _ages(self, batch: CrmBatch) -> Tensor:

@@ -20,7 +20,7 @@ class Sim(nn.Module):
         super().__init__()
         self.config = config
         self.inputs = Inputs(config, vocabulary, item_fields)
-        width = self.inputs.item_width
+        width = self.inputs.step_width
         self.attention = TargetAttention(width, config.attention)
         d_in = 2 * width + self.inputs.user_width + self.inputs.statistics_width
         self.dnn = mlp(d_in, config.dnn, config.dropout)

@@ -92,6 +92,16 @@ def test_the_users_state_does_not_read_the_target(kind: str) -> None:
     assert not torch.allclose(crm(other).user_state, crm(rows).user_state)
 
 
+@every_kind
+def test_the_state_tells_which_items_were_liked_and_not_only_that_some_were(kind: str) -> None:
+    crm, rows = of(kind), batch(1)
+    items, levels = torch.tensor([[3, 8]]), torch.tensor([[5, 1]])
+    rows = dataclasses.replace(rows, items=items, levels=levels, length=torch.tensor([2]))
+    other = dataclasses.replace(rows, levels=levels.flip(1))
+    assert not torch.allclose(crm(other).user_state, crm(rows).user_state)
+    assert not torch.isclose(crm(other).logit, crm(rows).logit)
+
+
 def test_the_users_state_costs_nothing_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean(history: Tensor, mask: Tensor) -> Tensor:
         raise AssertionError("asked for")
