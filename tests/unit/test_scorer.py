@@ -184,7 +184,8 @@ def test_an_interrupted_adapter_is_refused(copy: Path) -> None:
 def test_another_version_is_refused(copy: Path) -> None:
     file = Path(adapter(copy).uri) / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
-    with pytest.raises(ContractError, match=f"version 1, but this release reads '{ADAPTER.name}' version {ADAPTER.version}"):
+    expected = f"version 1, but this release reads '{ADAPTER.name}' version {ADAPTER.version}"
+    with pytest.raises(ContractError, match=expected):
         Scorer.load(adapter(copy))
 
 
