@@ -127,6 +127,13 @@ VARIANTS = {
 }
 
 
+def on_disk(rank: int, port: int, run: Path, out: Path, disk: Path) -> None:
+    """RecLoRA with ZeRO-3, parameters and optimiser on the folder ``disk``."""
+    join(rank, port)
+    kind = EngineConfig(zero_stage=3, offload_optimizer="nvme", offload_parameters="nvme", nvme_path=str(disk))
+    train("reclora", config(run, kind), rank, out)
+
+
 def every_variant(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> None:
     """RecLoRA with offload, and with micro-batches by tokens, whose number differs between ranks."""
     join(rank, port)

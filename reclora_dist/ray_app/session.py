@@ -43,7 +43,8 @@ def connect(config: RayConfig) -> Iterator[Cluster]:
     """Be connected to a cluster: the one already joined, ``config.address``, ``RAY_ADDRESS``, or a fresh one.
 
     A cluster that was started here ends with the block; a joined one goes on. A fresh cluster keeps its files in a
-    folder of its own, which stays behind only if the block fails, because Ray's logs are in it.
+    folder of its own, which stays behind only if the block fails, because Ray's logs are in it. ``RAY_ADDRESS`` names
+    the cluster inside the block.
 
     Raises:
         ConnectionError: there is no cluster at the address.
@@ -53,22 +54,28 @@ def connect(config: RayConfig) -> Iterator[Cluster]:
         yield _joined(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING))
     elif config.address or os.environ.get("RAY_ADDRESS"):
         context = ray.init(address=config.address or None, logging_level=logging.WARNING)
-        with _ended():
+        with _ended(context):
             yield _joined(context)
     else:
         with _temp_dir() as folder:
             context = _start(config, folder)
-            with _ended():
+            with _ended(context) as address:
                 port = context.address_info["metrics_export_port"]
-                address = context.address_info["gcs_address"]
                 yield Cluster(address, context.dashboard_url, (f"127.0.0.1:{port}",), started=True)
 
 
 @contextmanager
-def _ended() -> Iterator[None]:
+def _ended(context: Any) -> Iterator[str]:
+    """The cluster's address, which is RAY_ADDRESS in the block; disconnect afterwards."""
+    address, before = str(context.address_info["gcs_address"]), os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = address
     try:
-        yield
+        yield address
     finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
         ray.shutdown(wait_for_processes=True)
 
 

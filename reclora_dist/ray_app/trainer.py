@@ -10,6 +10,7 @@ import torch
 from ray import train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from reclora_dist.config.check import check_ray, check_sizes
@@ -19,6 +20,10 @@ from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import Meters, NullMeters
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
+
+# A detached actor of Ray Train asks every second whether the training's controller is alive, and else frees the
+# workers' resources. Without an address it asks the newest cluster of the machine, which need not be this one.
+ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def train_stage(config: Config, stage: str, adapter: str = "") -> None:

@@ -140,6 +140,22 @@ def test_offload_and_token_budgets_train_what_plain_torch_trains(results: Path, 
     assert_close(ours, theirs, 1e-4)
 
 
+@pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="libaio is absent (Debian: libaio-dev)")
+def test_parameters_and_optimiser_on_a_disk_train_what_plain_torch_trains(
+    results: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed compiles its asynchronous I/O first."""
+    run, disk = Path(shutil.copytree(prepared, tmp_path / "run")), tmp_path / "disk"
+    disk.mkdir()
+    spawn(ddp_workers.on_disk, run, tmp_path / "disk-run", disk)
+    assert list(disk.rglob("*.swp")), "something lies there"
+    ours, theirs = (
+        {key: value for key, value in found.items() if key.startswith("parameter/")}
+        for found in (state(tmp_path, "disk-run"), state(results, "torch"))
+    )
+    assert_close(ours, theirs, 1e-4)
+
+
 def test_another_number_of_workers_goes_on_inside_the_epoch(
     prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

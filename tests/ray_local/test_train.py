@@ -23,6 +23,7 @@ import pyarrow as pa
 import pytest
 import requests
 import yaml
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from sample_data import small_config
 
 from reclora_dist.config.schema import (
@@ -139,6 +140,11 @@ def config(run: Path, **crm: Any) -> Config:
 
 def crm_digest(run: Path) -> str:
     return read_manifest(Folder(str(run / "crm")), CRM).content_digest
+
+
+def test_ray_train_is_told_which_cluster_it_is_in(cluster: Cluster) -> None:
+    """Else it asks the machine's newest one whether the training goes on, and frees its resources if not."""
+    assert get_env_vars_to_propagate()["RAY_ADDRESS"] == cluster.address
 
 
 def test_a_crm_and_an_adapter_train_on_two_workers(trained: Path) -> None:
