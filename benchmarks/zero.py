@@ -43,6 +43,7 @@ ENGINES = {
     "zero3 offloaded": ["engine=zero3", "engine.offload_optimizer=cpu", "engine.offload_parameters=cpu"],
 }
 VALIDATION = 64
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def main() -> None:
@@ -67,21 +68,21 @@ def main() -> None:
     model = home / "llama"
     write_model(model, home / "backbone", arguments.layers)
     common += ["adapters=reclora", "adapters.reclora.experts=8", "adapters.reclora.temperature=1.0"]
-    common += ["backbone=causal", f"backbone.path={model}", f"lora_train.batch_size={arguments.batch}"]
-    common += ["lora_train.log_every=1000", "lora_train.checkpoint_every=1000", *arguments.set]
+    common += ["backbone=causal", f"backbone.path={model}", f"backbone.dtype={DTYPE}"]
+    common += [f"lora_train.batch_size={arguments.batch}", f"lora_train.micro_batch={arguments.batch // 2}"]
+    common += ["lora_train.epochs=1", "lora_train.log_every=1000", "lora_train.checkpoint_every=1000", *arguments.set]
     rival = home / "trainer"
     write_rival(load(common), rival, arguments.batch // 2)
     found = {name: ours(common + ENGINES[name], home) for name in arguments.engines}
     fastest = max(found, key=lambda name: found[name]["samples_per_second"])
-    turns = [(found[fastest], trainer(rival))]
-    turns += [(ours(common + ENGINES[fastest], home), trainer(rival)) for _ in range(arguments.rounds - 1)]
+    turns = [(ours(common + ENGINES[fastest], home), trainer(rival)) for _ in range(arguments.rounds)]
     ratios = [one["samples_per_second"] / other["samples_per_second"] for one, other in turns]
     result = {
         "samples_vs_trainer": round(statistics.median(ratios), 3),
         "samples_vs_trainer_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "fastest": fastest,
-        "logloss": {"ours": found[fastest]["logloss"], "trainer": turns[0][1]["logloss"]},
-        "trainer": [other for _, other in turns],
+        "logloss": {"ours": validation_loss(load(common), home), "trainer": turns[-1][1]["logloss"]},
+        "turns": turns,
         "engines": found,
     }
     print(json.dumps(result))
@@ -100,23 +101,27 @@ def write_model(home: Path, tokenizer: Path, layers: int) -> None:
 
 
 def ours(settings: list[str], home: Path) -> dict:
-    """Costs of a training from a fresh start, and the log loss afterwards."""
+    """Costs of a training from a fresh start."""
     for name in ("adapters", "checkpoints", "training", "tensorboard"):
         shutil.rmtree(home / name, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*command, "-m", "reclora_dist.cli.train", *settings], check=True, cwd=ROOT)
     costs = json.loads((home / "training" / "reclora.json").read_text())
-    config = load(settings)
+    keys = ("samples_per_second", "tokens_per_second", "mfu", "communication_share", "data_wait_share")
+    found = {key: round(costs[key], 4) for key in keys}
+    found["peak_memory_mib"] = int(costs["peak_memory_bytes"]) >> 20
+    print(f"{settings[-1]}: {json.dumps(found)}", flush=True)
+    return found
+
+
+def validation_loss(config: Config, home: Path) -> float:
+    """Log loss of the adapter that was trained last, on the validation samples."""
     shards = manifest(config, "shards", SHARDS)
     rows = read_parts(folder(config, "shards"), shards.select("text/split=validation/"))
     scores = Scorer.load(Folder(str(home / "adapters" / "reclora")), threads=2).score(rows)
     labels = rows["label"].to_numpy()
     loss = F.binary_cross_entropy(torch.from_numpy(scores), torch.from_numpy(labels.astype(np.float64)))
-    keys = ("samples_per_second", "tokens_per_second", "mfu", "communication_share", "data_wait_share")
-    found = {key: round(costs[key], 4) for key in keys}
-    found |= {"peak_memory_mib": int(costs["peak_memory_bytes"]) >> 20, "logloss": round(float(loss), 4)}
-    print(f"{settings[-1]}: {json.dumps(found)}", flush=True)
-    return found
+    return round(float(loss), 4)
 
 
 def trainer(home: Path) -> dict:
@@ -144,7 +149,7 @@ def write_rival(config: Config, home: Path, per_device: int) -> None:
         (home / f"{split}.json").write_text(json.dumps(rows))
     lora = config.adapters["reclora"]
     settings = {
-        "model": path, "threads": 1, "rank": lora.rank, "alpha": lora.alpha, "per_device": per_device,
+        "model": path, "dtype": DTYPE, "threads": 1, "rank": lora.rank, "alpha": lora.alpha, "per_device": per_device,
         "lr": config.lora_train.lr, "answers": answer_ids(load_tokenizer(path), config.backbone.answers),
     }  # fmt: skip
     (home / "settings.json").write_text(json.dumps(settings))

@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     rows = {split: json.loads((folder / f"{split}.json").read_text()) for split in ("train", "validation")}
     answers = settings["answers"]
-    model = AutoModelForCausalLM.from_pretrained(settings["model"])
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=settings["dtype"])
     lora = LoraConfig(r=settings["rank"], lora_alpha=settings["alpha"], target_modules=["q_proj", "v_proj"])
     model = get_peft_model(model, lora)
 
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
         output_dir=str(folder / "trainer"), per_device_train_batch_size=settings["per_device"], num_train_epochs=1,
         learning_rate=settings["lr"], warmup_steps=1, lr_scheduler_type="linear", max_grad_norm=1.0, report_to=[],
         save_strategy="no", logging_steps=1000, use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
-        ddp_find_unused_parameters=False, disable_tqdm=True,
+        ddp_find_unused_parameters=False, disable_tqdm=True, bf16=settings["dtype"] == "bfloat16",
     )  # fmt: skip
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows["train"])
     since = time.perf_counter()

@@ -9,6 +9,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, distributed, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -146,9 +147,18 @@ def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str) -> d
 
 
 def zero_config(engine: EngineConfig) -> dict[str, Any]:
-    """The part of DeepSpeed's configuration that is about partitions and where they live."""
+    """The part of DeepSpeed's configuration that is about partitions and where they live.
+
+    Raises:
+        ValueError: something is to live on a disk, and this machine cannot compile what DeepSpeed does that with.
+    """
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False}
     places = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+    if "nvme" in places.values() and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "engine offloads to 'nvme', for which DeepSpeed compiles its asynchronous I/O; it needs libaio's headers and a "
+            "C++ compiler on every worker (Debian, Ubuntu: apt install libaio-dev g++), or offload to 'cpu'"
+        )
     for key, place in places.items():
         if place != "none":
             zero[key] = {"device": place} | ({"nvme_path": engine.nvme_path} if place == "nvme" else {})

@@ -147,6 +147,11 @@ def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = F
     shards = manifest(config, "shards", SHARDS)
     crm_folder, crm_manifest = folder(config, "crm"), manifest(config, "crm", CRM)
     adapter = adapter_config(config, name)
+    if context.device.type == "cpu" and _is_emulated(config.backbone.dtype):
+        context.say(
+            f"{name}: backbone.dtype {config.backbone.dtype}, for which this processor has no instructions: several times "
+            "slower than float32"
+        )
     model = build_model(config, lora, load_crm(crm_folder, crm_manifest)).to(context.device)
     target, store = adapter_target(config, name), checkpoints(config, name)
     resume = _taken_up(model, store, context, fresh)
@@ -171,6 +176,11 @@ def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = F
         save_adapter(target.folder, adapter, weights, (crm_folder, crm_manifest), origin, _facts(result))
 
     return Prepared(task, config.lora_train, store, resume, save)
+
+
+def _is_emulated(dtype: str) -> bool:
+    has = torch.cpu.get_capabilities()
+    return dtype != "float32" and not any(value for name, value in has.items() if name.endswith("bf16"))
 
 
 def _taken_up(model: torch.nn.Module, store: CheckpointStore, context: Context, fresh: bool) -> Checkpoint | None:

@@ -207,9 +207,13 @@ def test_torchrun_trains_without_ray(prepared: Path, tmp_path: Path) -> None:
     assert (run / "tensorboard" / "reclora").is_dir()
 
 
-def test_one_process_trains_with_deepspeed_in_half_precision(prepared: Path, tmp_path: Path) -> None:
+def test_one_process_trains_with_deepspeed_in_half_precision(
+    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = Path(shutil.copytree(prepared, tmp_path / "run"))
     spawn(ddp_workers.alone, run, tmp_path / "kinds.json", world=1)
+    emulated = not any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    assert ("several times slower than float32" in capfd.readouterr().out) == emulated
     kinds = json.loads((tmp_path / "kinds.json").read_text())
     assert kinds["frozen"] == ["torch.bfloat16"]
     rotary = {name: kind for name, kind in kinds["buffers"].items() if "inv_freq" in name}

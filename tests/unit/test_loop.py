@@ -393,6 +393,16 @@ def test_engines_that_cannot_work_are_refused(engine: EngineConfig, dtype: str, 
     check_engine(EngineConfig(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu"), "bfloat16")
 
 
+def test_a_machine_that_cannot_offload_to_a_disk_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reclora_dist.train import deepspeed_engine
+
+    monkeypatch.setattr(deepspeed_engine.AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    on_disk = EngineConfig(zero_stage=3, offload_parameters="nvme", nvme_path="/scratch")
+    with pytest.raises(ValueError, match=r"needs libaio's headers .* apt install libaio-dev g\+\+"):
+        deepspeed_engine.zero_config(on_disk)
+    assert deepspeed_engine.zero_config(EngineConfig(zero_stage=2)) == {"stage": 2, "overlap_comm": False}
+
+
 def test_one_label_in_validation_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def all_liked(table: pa.Table) -> CrmBatch:
         rows = crm_batch(table)
