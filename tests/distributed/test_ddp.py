@@ -141,6 +141,7 @@ def test_offload_and_token_budgets_train_what_plain_torch_trains(results: Path, 
 
 
 @pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="libaio is absent (Debian: libaio-dev)")
+@pytest.mark.timeout(1500)
 def test_parameters_and_optimiser_on_a_disk_train_what_plain_torch_trains(
     results: Path, prepared: Path, tmp_path: Path
 ) -> None:
