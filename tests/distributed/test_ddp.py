@@ -145,11 +145,12 @@ def test_offload_and_token_budgets_train_what_plain_torch_trains(results: Path, 
 def test_parameters_and_optimiser_on_a_disk_train_what_plain_torch_trains(
     results: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    """DeepSpeed compiles its asynchronous I/O first."""
+    """DeepSpeed compiles its asynchronous I/O first. Tensors of this size it keeps in memory all the same: that larger
+    ones lie on the disk is seen in the bench `zero`."""
     run, disk = Path(shutil.copytree(prepared, tmp_path / "run")), tmp_path / "disk"
     disk.mkdir()
     spawn(ddp_workers.on_disk, run, tmp_path / "disk-run", disk)
-    assert list(disk.rglob("*.swp")), "something lies there"
+    assert {place.name for place in (disk / "zero_stage_3").iterdir()} == {"optimizer", "float32params"}
     ours, theirs = (
         {key: value for key, value in found.items() if key.startswith("parameter/")}
         for found in (state(tmp_path, "disk-run"), state(results, "torch"))
