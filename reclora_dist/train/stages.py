@@ -149,8 +149,8 @@ def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = F
     adapter = adapter_config(config, name)
     if context.device.type == "cpu" and _is_emulated(config.backbone.dtype):
         context.say(
-            f"{name}: backbone.dtype {config.backbone.dtype}, for which this processor has no instructions: several times "
-            "slower than float32"
+            f"{name}: backbone.dtype {config.backbone.dtype}, for which this processor has no instructions: several "
+            "times slower than float32"
         )
     model = build_model(config, lora, load_crm(crm_folder, crm_manifest)).to(context.device)
     target, store = adapter_target(config, name), checkpoints(config, name)
