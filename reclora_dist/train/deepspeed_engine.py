@@ -156,8 +156,8 @@ def zero_config(engine: EngineConfig) -> dict[str, Any]:
     places = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
     if "nvme" in places.values() and not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
-            "engine offloads to 'nvme', for which DeepSpeed compiles its asynchronous I/O; it needs libaio's headers and "
-            "a C++ compiler on every worker (Debian, Ubuntu: apt install libaio-dev g++), or offload to 'cpu'"
+            "engine offloads to 'nvme', for which DeepSpeed compiles its asynchronous I/O; it needs libaio's headers "
+            "and a C++ compiler on every worker (Debian, Ubuntu: apt install libaio-dev g++), or offload to 'cpu'"
         )
     for key, place in places.items():
         if place != "none":
