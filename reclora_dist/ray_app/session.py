@@ -54,18 +54,18 @@ def connect(config: RayConfig) -> Iterator[Cluster]:
         yield _joined(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING))
     elif config.address or os.environ.get("RAY_ADDRESS"):
         context = ray.init(address=config.address or None, logging_level=logging.WARNING)
-        with _ended(context):
+        with _connected(context):
             yield _joined(context)
     else:
         with _temp_dir() as folder:
             context = _start(config, folder)
-            with _ended(context) as address:
+            with _connected(context) as address:
                 port = context.address_info["metrics_export_port"]
                 yield Cluster(address, context.dashboard_url, (f"127.0.0.1:{port}",), started=True)
 
 
 @contextmanager
-def _ended(context: Any) -> Iterator[str]:
+def _connected(context: Any) -> Iterator[str]:
     """The cluster's address, which is RAY_ADDRESS in the block; disconnect afterwards."""
     address, before = str(context.address_info["gcs_address"]), os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = address
