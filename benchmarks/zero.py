@@ -1,11 +1,13 @@
-"""Training of RecLoRA on a language model of 135 million parameters: each ZeRO stage, and the usual recipe beside it.
+"""Training of RecLoRA on a large language model: each ZeRO stage, and the usual recipe beside it.
 
-    make bench NAME=zero            one JSON object last
+    make bench NAME=zero                        SmolLM-135M's sizes, two processes, the demo's prompts; one JSON last
+    make bench NAME=zero RAW=path/to/ml-100k    prompts of MovieLens-100K, whose lengths differ
+    make bench NAME=zero RAW=path/to/ml-100k ARGS="--model llama_7b --processes 1 --samples 512"      on a GPU
 
-A LLaMA of the sizes of SmolLM-135M (30 layers of 576, vocabulary 49,152) with random weights is written once, with the
-demo's tokenizer. RecLoRA (8 experts) is then trained on the demo's prompts by two processes under torchrun: DDP and
-ZeRO 0 to 3, with and without offload (to a disk on request, for that needs libaio), each from a fresh start on the same
-samples; and plain LoRA by transformers' Trainer and PEFT in two processes, too, in turns with ours.
+A LLaMA with random weights is written once, with the tokenizer of the run's own tiny backbone. RecLoRA (8 experts) is
+then trained by processes under torchrun: DDP and ZeRO 0 to 3, with and without offload (to a disk on request, for that
+needs libaio), each from a fresh start on the same samples; and plain LoRA by transformers' Trainer and PEFT in as many
+processes, in turns with the fastest of ours.
 `samples_vs_trainer`: the fastest of ours over the Trainer, goal 2; `logloss`: binary log loss on the same validation
 samples after training. Needs the extra `bench`.
 """
@@ -47,6 +49,20 @@ ENGINES = {
         "engine.nvme_path=runs/zero/disk",
     ],
 }  # fmt: skip
+SHAPES = {
+    "smollm_135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True,
+    },
+    "llama_1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32_000,
+    },
+    "llama_7b": {
+        "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32_000,
+    },
+}  # fmt: skip
 VALIDATION = 64
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
@@ -55,36 +71,47 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs/zero", help="folder of the run")
+    parser.add_argument("--raw", help="folder of MovieLens-100K; without it, the demo's log")
+    parser.add_argument("--model", default="smollm_135m", choices=list(SHAPES), help="sizes of the language model")
+    parser.add_argument("--processes", type=int, default=2, help="of a training, each with a GPU if there are some")
     parser.add_argument("--samples", type=int, default=192, help="training samples of each")
-    parser.add_argument("--batch", type=int, default=32, help="samples of a step, over both processes")
+    parser.add_argument("--batch", type=int, default=32, help="samples of a step, over all processes")
     parser.add_argument("--rounds", type=int, default=2, help="turns of the fastest of ours and the Trainer")
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--engines", nargs="*", default=list(ENGINES)[:-1], choices=list(ENGINES))
     parser.add_argument(
-        "--set", nargs="*", default=[], help="further settings of ours, e.g. lora_train.micro_tokens=2048"
+        "--engines", nargs="*", default=list(ENGINES)[:-1], choices=list(ENGINES), help="none: DDP and the Trainer only"
     )
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="ours: padded tokens of a forward pass; 0: its samples, as the Trainer"
+    )
+    parser.add_argument("--set", nargs="*", default=[], help="further settings of ours")
     arguments = parser.parse_args()
     home = arguments.run.resolve()
-    common = [f"paths.run={home}", "synthesise.users=600", "serve.check=false"]
+    log = ["data=movielens_100k", f"events.source.path={arguments.raw}"] if arguments.raw else ["synthesise.users=600"]
+    common = [*log, f"paths.run={home}", "serve.check=false", "compare=[]"]
     common += [f"shards.text_train={arguments.samples}", f"shards.text_validation={VALIDATION}"]
     for command in ("prepare", "train"):
         program = [sys.executable, "-m", f"reclora_dist.cli.{command}", *common, "~adapters"]
         subprocess.run(program, check=True, cwd=ROOT)
-    model = home / "llama"
-    write_model(model, home / "backbone", arguments.layers)
+    model = home / arguments.model
+    write_model(model, home / "backbone", arguments.model)
     common += ["adapters=reclora", "adapters.reclora.experts=8", "adapters.reclora.temperature=1.0"]
     common += ["backbone=causal", f"backbone.path={model}", f"backbone.dtype={DTYPE}"]
-    common += [f"lora_train.batch_size={arguments.batch}", f"lora_train.micro_batch={arguments.batch // 2}"]
+    each = arguments.batch // arguments.processes
+    pass_size = f"micro_tokens={arguments.tokens}" if arguments.tokens else f"micro_batch={each}"
+    common += [f"lora_train.batch_size={arguments.batch}", "lora_train.micro_batch=0", f"lora_train.{pass_size}"]
     common += ["lora_train.epochs=1", "lora_train.log_every=1000", "lora_train.checkpoint_every=1000", *arguments.set]
     rival = home / "trainer"
-    write_rival(load(common), rival, arguments.batch // 2)
-    found = {name: ours(common + ENGINES[name], home) for name in arguments.engines}
-    fastest = max(found, key=lambda name: found[name]["samples_per_second"])
-    turns = [(ours(common + ENGINES[fastest], home), trainer(rival)) for _ in range(arguments.rounds)]
+    write_rival(load(common), rival, each)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += ["--nproc-per-node", str(arguments.processes)]
+    found = {name: ours(start, common + ENGINES[name], home) for name in arguments.engines}
+    fastest = max(found, key=lambda name: found[name]["samples_per_second"]) if found else "ddp"
+    turns = [(ours(start, common + ENGINES[fastest], home), trainer(start, rival)) for _ in range(arguments.rounds)]
     ratios = [one["samples_per_second"] / other["samples_per_second"] for one, other in turns]
     result = {
         "samples_vs_trainer": round(statistics.median(ratios), 3),
         "samples_vs_trainer_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "fastest": fastest,
         "logloss": {"ours": validation_loss(load(common), home), "trainer": turns[-1][1]["logloss"]},
         "turns": turns,
@@ -93,24 +120,24 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def write_model(home: Path, tokenizer: Path, layers: int) -> None:
-    """Random weights, in several files; the tokenizer of the demo's own backbone."""
+def write_model(home: Path, tokenizer: Path, shape: str) -> None:
+    """Random weights, in several files; the tokenizer of the run's tiny backbone."""
     if (home / "config.json").exists():
         return
     torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    LlamaForCausalLM(
-        LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=49_152, tie_word_embeddings=True)
-    ).save_pretrained(home, max_shard_size="200MB")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws seven billion numbers for minutes
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(getattr(torch, DTYPE))
+    model.save_pretrained(home, max_shard_size="200MB" if shape == "smollm_135m" else "4GB")
+    del model
+    torch.cuda.empty_cache()
     load_tokenizer(str(tokenizer)).save_pretrained(home)
 
 
-def ours(settings: list[str], home: Path) -> dict:
+def ours(start: list[str], settings: list[str], home: Path) -> dict:
     """Costs of a training from a fresh start."""
     for name in ("adapters", "checkpoints", "training", "tensorboard"):
         shutil.rmtree(home / name, ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, "-m", "reclora_dist.cli.train", *settings], check=True, cwd=ROOT)
+    subprocess.run([*start, "-m", "reclora_dist.cli.train", *settings], check=True, cwd=ROOT)
     costs = json.loads((home / "training" / "reclora.json").read_text())
     keys = ("samples_per_second", "tokens_per_second", "mfu", "communication_share", "data_wait_share")
     found = {key: round(costs[key], 4) for key in keys}
@@ -129,10 +156,9 @@ def validation_loss(config: Config, home: Path) -> float:
     return round(float(loss), 4)
 
 
-def trainer(home: Path) -> dict:
+def trainer(start: list[str], home: Path) -> dict:
     """The usual recipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "benchmarks/rivals/trainer_lora.py"), str(home)]
+    command = [*start, str(ROOT / "benchmarks/rivals/trainer_lora.py"), str(home)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     found: dict = json.loads(done.stdout.splitlines()[-1])
     print(f"Trainer: {json.dumps(found)}", flush=True)

@@ -51,10 +51,11 @@ class DeepSpeedEngine:
         context: Context,
         dtype: str,
     ) -> None:
+        backend = "nccl" if context.device.type == "cuda" else "gloo"
         if not distributed.is_initialized():  # one process, in the debugger
-            distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")
-        deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         settings = deepspeed_config(engine, config, dtype)
         buffers = _float_buffers(model)
         # torch's own AdamW is passed in: naming it in the config would compile a fused one first

@@ -1,18 +1,26 @@
-"""On an accelerator: every engine trains the small run's adapter, in half precision too, as plain torch does on it."""
+"""On an accelerator: every engine trains the small run's adapter, in half precision too, as plain torch does on it;
+Ray Train gives a worker the accelerator, and both processors give a sample the same score."""
 
 import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from sample_data import small_config
 
-from reclora_dist.config.schema import Config, EngineConfig
+from reclora_dist.config.schema import Config, EngineConfig, EvaluateConfig, RayConfig
 from reclora_dist.contract.manifest import read_manifest
-from reclora_dist.contract.schema import ADAPTER
+from reclora_dist.contract.parts import read_parts
+from reclora_dist.contract.schema import ADAPTER, SHARDS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.evaluate.scorer import Scorer
+from reclora_dist.ray_app.evaluate import evaluate_run, results
+from reclora_dist.ray_app.session import connect
+from reclora_dist.ray_app.trainer import train_stage
+from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
 
@@ -54,3 +62,21 @@ def test_half_precision_trains(prepared: Path, tmp_path: Path, dtype: str) -> No
     _, auc = trained(prepared, tmp_path / "torch", EngineConfig(kind="torch"))
     _, other = trained(prepared, tmp_path / "run", EngineConfig(zero_stage=2), dtype)
     assert other == pytest.approx(auc, abs=3e-2)
+
+
+def test_ray_trains_and_evaluates_there_and_scores_are_those_of_the_cpu(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run)
+    ray = RayConfig(workers=1, gpus_per_worker=0.5, object_store_mib=100)
+    small = dataclasses.replace(
+        config(run, EngineConfig(zero_stage=2)), ray=ray, evaluate=EvaluateConfig(bootstrap=20, history_bands=(4,))
+    )
+    with connect(ray):
+        for name in small.adapters:
+            train_stage(small, "adapter", name)
+        evaluate_run(small, NullMeters())
+    (found,) = [model for model in results(small, "test", {})[0] if model.name == "reclora"]
+    shards = Folder(str(run / "shards"))
+    rows = read_parts(shards, read_manifest(shards, SHARDS).select("text/split=test/"))
+    scores = Scorer.from_pretrained(str(run / "adapters" / "reclora"), device="cpu").score(rows)
+    np.testing.assert_allclose(found.scores, scores, atol=2e-3)
