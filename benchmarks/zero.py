@@ -81,7 +81,7 @@ def main() -> None:
         "--engines", nargs="*", default=list(ENGINES)[:-1], choices=list(ENGINES), help="none: DDP and the Trainer only"
     )
     parser.add_argument(
-        "--tokens", type=int, default=2048, help="ours: padded tokens of a forward pass; 0: its samples, as the Trainer"
+        "--tokens", type=int, default=768, help="ours: padded tokens of a forward pass; 0: its samples, as the Trainer"
     )
     parser.add_argument("--set", nargs="*", default=[], help="further settings of ours")
     arguments = parser.parse_args()

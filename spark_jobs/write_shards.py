@@ -71,7 +71,7 @@ def run(spark: "SparkSession", config: ShardsConfig, inputs: Inputs, out: Folder
     old = _there(spark, config, events, out, shape) if config.add else []
     by_days = "days" in events.facts
     crm, text, limits = _counts(spark, config, past, folder, by_days)
-    layout = shards.Layout(config.seed, by_days, _files(crm, config), _files(text, config), limits)
+    layout = shards.Layout(config.seed, by_days, _files(crm, config), _files(text, config), limits, config.apart)
     first_users = events.facts["first_users"]
     profiles = Profiles(inputs.folders["events"], events.select("users/"), first_users, shape.user_fields)
     cut = partial(shards.blocks, folder, entries, profiles, layout, shape)
@@ -121,8 +121,8 @@ def _there(
 def _counts(
     spark: "SparkSession", config: ShardsConfig, past: Manifest, folder: Folder, by_days: bool
 ) -> tuple[Counts, Counts, dict[str, int]]:
-    """Per split and day how many samples there are, and how many the language model gets; per split the largest text
-    key among these (-1: none).
+    """Per split and day how many samples the CRM gets, and how many the language model; per split the largest text key
+    among these (-1: none).
     """
     from spark_jobs.parts import each_part
     from spark_jobs.transforms import shards
@@ -140,6 +140,10 @@ def _counts(
             text[split, ""] = round(asked)
             keys = np.frombuffer(b"".join(row["keys"] for row in found if row["split"] == split), np.uint64)
             limits[split] = int(np.partition(keys, text[split, ""] - 1)[text[split, ""] - 1])
+    if config.apart:
+        crm.subtract({key: rows for key, rows in text.items() if key[0] == "train"})
+        if rows["train"] and not sum(count for (split, _), count in crm.items() if split == "train"):
+            raise ValueError(f"apart=true with text_train = {config.text_train} leaves the CRM no sample to train on")
     return crm, text, limits
 
 

@@ -5,7 +5,7 @@ transformers, which takes a second and a half to import, is loaded with the firs
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Backbone(nn.Module):
 
         Args:
             input_ids: int64 [batch, length], right-padded.
-            attention_mask: int64 [batch, length].
+            attention_mask: int64 [batch, length]; a causal model needs none.
             last: int64 [batch], position of each row's last token; of a packed row, of each sample's.
             positions: place of each token in its sample, int64 [1, length], if all samples are in one row (packed). A
                 causal model's attention is kept within the samples by them.
@@ -61,14 +61,15 @@ class Backbone(nn.Module):
             packed = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
             state: Tensor = packed[0, last]
             return state
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options()).last_hidden_state
         if self.head is None:
+            # no mask: padding is on the right, where no real token of a causal model looks, and without a mask
+            # attention takes its faster kernel
+            hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
             last_state: Tensor = hidden[torch.arange(len(last), device=last.device), last]
             return last_state
-        return mean_pool(hidden, attention_mask)
-
-    def _options(self) -> dict[str, Any]:
-        return {"use_cache": False} if self.head is None else {}
+        return mean_pool(
+            self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask
+        )
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -141,6 +141,11 @@ class ShardsConfig(Section):
     text_train: float = knob(0.08, "language-model training samples: a share up to 1, or a number above 1")
     text_validation: float = knob(2000, "language-model validation samples: a share or a number")
     text_test: float = knob(4000, "language-model test samples: a share or a number")
+    apart: bool = knob(
+        False,
+        "keep the language model's training samples out of the CRM's: what the CRM says of samples that it was trained "
+        "on, the language model and its gate trust too much",
+    )
     seed: int = knob(0, "seed of the row order and of the text samples")
     add: bool = knob(False, "events built by days: keep the shards of earlier days that lie in the output folder")
 

@@ -45,7 +45,7 @@ def _joined() -> Iterator[Context]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if gpu else "gloo")
+    distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
         yield Context(distributed.get_rank(), distributed.get_world_size(), device)
     finally:

@@ -37,7 +37,7 @@ _GROUP_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Layout:
     """Where samples go: per split and day the number of files of either kind; per split the largest text key (-1: no
-    text rows).
+    text rows); whether the CRM is trained without the text rows.
     """
 
     seed: int
@@ -45,6 +45,7 @@ class Layout:
     crm_files: Mapping[tuple[str, str], int]
     text_files: Mapping[tuple[str, str], int]
     text_limits: Mapping[str, int]
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,9 @@ def blocks(
     share = place(ids, layout.seed).astype(np.float64) / 2.0**64
     key = text_key(ids, layout.seed)
     for split, day, rows in _groups(table, layout.by_days):
-        text = rows[_within(key[rows], layout.text_limits[split])]
-        for kind, chosen, files in (("crm", rows, layout.crm_files), ("text", text, layout.text_files)):
+        is_text = _within(key[rows], layout.text_limits[split])
+        crm, text = rows[~is_text] if layout.apart and split == "train" else rows, rows[is_text]
+        for kind, chosen, files in (("crm", crm, layout.crm_files), ("text", text, layout.text_files)):
             yield from _by_file(table, shape.schema(kind), (kind, split, day), chosen, share, files[split, day])
 
 

@@ -126,6 +126,32 @@ def test_shards_join_events_and_histories_by_sample(finished, rows) -> None:
     assert sorted(found) == sorted(past)
 
 
+@pytest.mark.parametrize("few", ["0.25", "30"])
+@pytest.mark.parametrize("finished", ["global_time"], indirect=True)
+def test_what_the_language_model_trains_on_can_be_kept_from_the_crm(
+    run, rows, finished, tmp_path: Path, few: str
+) -> None:
+    inputs = {name: finished.folder / name for name in ("events", "histories")}
+    made = run("write_shards", tmp_path, "apart=true", f"text_train={few}", "text_validation=20", **inputs)
+    before = finished.manifest("shards", SHARDS)
+    for split in schema.SPLITS:
+        crm, text, whole = (
+            {row["sample_id"] for row in rows(folder, manifest, f"{kind}/split={split}/")}
+            for folder, manifest, kind in (
+                (tmp_path, made, "crm"), (tmp_path, made, "text"), (finished.folder / "shards", before, "crm"),
+            )
+        )  # fmt: skip
+        assert crm == (whole - text if split == "train" else whole)
+        assert made.facts["crm"][split] == len(crm) and text <= whole and text
+
+
+@pytest.mark.parametrize("finished", ["global_time"], indirect=True)
+def test_apart_must_leave_the_crm_something(run, finished, tmp_path: Path) -> None:
+    inputs = {name: finished.folder / name for name in ("events", "histories")}
+    with pytest.raises(ValueError, match="leaves the CRM no sample"):
+        run("write_shards", tmp_path, "apart=true", "text_train=1.0", **inputs)
+
+
 def test_files_and_schemas(finished) -> None:
     made, folder = finished.manifest("shards", SHARDS), Folder(str(finished.folder / "shards"))
     train = made.select("crm/split=train/")
