@@ -99,7 +99,8 @@ def main() -> None:
     each = arguments.batch // arguments.processes
     pass_size = f"micro_tokens={arguments.tokens}" if arguments.tokens else f"micro_batch={each}"
     common += [f"lora_train.batch_size={arguments.batch}", "lora_train.micro_batch=0", f"lora_train.{pass_size}"]
-    common += ["lora_train.epochs=1", "lora_train.log_every=1000", "lora_train.checkpoint_every=1000", *arguments.set]
+    common += ["prompt.max_tokens=512", "lora_train.epochs=1", "lora_train.log_every=1000"]
+    common += ["lora_train.checkpoint_every=1000", *arguments.set]
     rival = home / "trainer"
     write_rival(load(common), rival, each)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
