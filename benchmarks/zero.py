@@ -123,6 +123,7 @@ def main() -> None:
 
 def write_model(home: Path, tokenizer: Path, shape: str) -> None:
     """Random weights, in several files; the tokenizer of the run's tiny backbone."""
+    load_tokenizer(str(tokenizer)).save_pretrained(home)
     if (home / "config.json").exists():
         return
     torch.manual_seed(0)
@@ -131,7 +132,6 @@ def write_model(home: Path, tokenizer: Path, shape: str) -> None:
     model.save_pretrained(home, max_shard_size="200MB" if shape == "smollm_135m" else "4GB")
     del model
     torch.cuda.empty_cache()
-    load_tokenizer(str(tokenizer)).save_pretrained(home)
 
 
 def ours(start: list[str], settings: list[str], home: Path) -> dict:
