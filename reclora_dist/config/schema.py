@@ -143,8 +143,8 @@ class ShardsConfig(Section):
     text_test: float = knob(4000, "language-model test samples: a share or a number")
     apart: bool = knob(
         False,
-        "keep the language model's training samples out of the CRM's, so that gate and head learn from what the CRM says "
-        "of samples whose labels it has not seen",
+        "keep the language model's training samples out of the CRM's, so that gate and head learn from what the CRM "
+        "says of samples whose labels it has not seen",
     )
     seed: int = knob(0, "seed of the row order and of the text samples")
     add: bool = knob(False, "events built by days: keep the shards of earlier days that lie in the output folder")
