@@ -14,7 +14,7 @@ from sample_data import small_config
 
 from reclora_dist.config.schema import RayConfig
 from reclora_dist.ray_app import session
-from reclora_dist.ray_app.trainer import train_stage
+from reclora_dist.ray_app.trainer import train_all
 
 PATIENCE_S = 240.0
 MIB = 1 << 20
@@ -39,7 +39,7 @@ def main(run: Path) -> None:
     train = dataclasses.replace(base.crm_train, epochs=40, checkpoint_every=5)
     threading.Thread(target=lose, args=(cluster, node, run / "checkpoints"), daemon=True).start()
     with session.connect(base.ray):
-        train_stage(dataclasses.replace(base, crm_train=train), "crm")
+        train_all(dataclasses.replace(base, crm_train=train), ("crm",))
     cluster.shutdown()
 
 

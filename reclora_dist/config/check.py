@@ -16,6 +16,9 @@ from reclora_dist.config.schema import (
     TrainConfig,
 )
 
+OTHER_MODELS = ("crm", "running_averages")
+"""Names of what is evaluated beside the adapters."""
+
 
 def check_config(config: Config) -> None:
     """Refuse a config that cannot work.
@@ -23,7 +26,7 @@ def check_config(config: Config) -> None:
     Raises:
         ValueError: names the setting, its value and the remedy.
     """
-    known = {*config.adapters, *shuffled_names(config).values(), "crm", "running_averages"}
+    known = {*config.adapters, *shuffled_names(config).values(), *OTHER_MODELS}
     for pair in config.compare:
         for name in pair:
             if name not in known:
@@ -33,6 +36,8 @@ def check_config(config: Config) -> None:
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
     for name, lora in config.adapters.items():
+        if name in OTHER_MODELS:
+            raise ValueError(f"adapters.{name}: the evaluation calls another model so; give the adapter another name")
         check_lora(lora, f"adapters.{name}")
         if lora.gate == "user" and config.retrieval.strategy != "recent":
             raise ValueError(

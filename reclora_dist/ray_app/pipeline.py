@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from reclora_dist.config import targets
@@ -55,12 +56,14 @@ class Stage:
     """One step of the pipeline.
 
     ``target`` is what it is to make: ``run`` is called only if it is not there. A Spark job looks for itself, so there
-    is no target, and ``run`` returns whether it had work to do.
+    is no target, and ``run`` returns whether it had work to do. Neighbours that train a model (``trains``: ``crm``, or
+    an adapter's name) share their workers and have no ``run``.
     """
 
     name: str
-    run: Callable[[Session], bool | None]
+    run: Callable[[Session], bool | None] | None = None
     target: Callable[[Config], targets.Target] | None = None
+    trains: str = ""
 
 
 def run_pipeline(config: Config) -> dict[str, Any]:
@@ -94,9 +97,10 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
     with ExitStack() as stack, PeakMemory() as memory, closing(SparkJobs(config)) as spark:
         session = Session(config, stack, spark, rates=dict(timings.get("samples_per_s", {})))
         stages = [stage for stage in plan(config) if stage.name.startswith(tuple(names))]
-        for done, stage in enumerate(stages, 1):
-            _run_stage(stage, session, timings)
-            if all(later.target for later in stages[done:]):
+        groups = [list(group) for _, group in groupby(stages, lambda stage: "training" if stage.trains else stage.name)]
+        for done, group in enumerate(groups, 1):
+            _train(group, session, timings) if group[0].trains else _run_stage(group[0], session, timings)
+            if all(later.target for group in groups[done:] for later in group):
                 spark.close()  # training needs its memory
             timings["samples_per_s"] = session.rates
             timings["peak_memory_mib"] = max(memory.mib, timings.get("peak_memory_mib", 0))
@@ -111,13 +115,12 @@ def find_learning_rate(config: Config) -> None:
         ValueError: the config does not fit together.
     """
     check_config(config)
-    from reclora_dist.ray_app.trainer import train_stage
+    from reclora_dist.ray_app import trainer
 
-    adapter = "" if config.finder.stage == "crm" else config.finder.stage
     with ExitStack() as stack:
         if config.ray.workers:
             stack.enter_context(connect(config.ray))
-        train_stage(config, "learning_rate", adapter)
+        trainer.find_learning_rate(config)
 
 
 def plan(config: Config) -> list[Stage]:
@@ -128,10 +131,9 @@ def plan(config: Config) -> list[Stage]:
         found.append(Stage("backbone", _backbone, targets.backbone_target))
     found.append(Stage("vectors", _vectors, targets.vectors_target))
     found += [Stage("histories", _histories), Stage("shards", _shards), Stage("quality", _quality)]
-    found.append(Stage("crm", partial(_train, stage="crm"), targets.crm_target))
+    found.append(Stage("crm", None, targets.crm_target, trains="crm"))
     for name in config.adapters:
-        run = partial(_train, stage="adapter", adapter=name)
-        found.append(Stage(f"adapter {name}", run, partial(targets.adapter_target, name=name)))
+        found.append(Stage(f"adapter {name}", None, partial(targets.adapter_target, name=name), trains=name))
     found.append(Stage("evaluation", _evaluation, targets.evaluation_target))
     if config.serve.check:
         found.append(Stage("service", _service, targets.service_target))
@@ -141,12 +143,46 @@ def plan(config: Config) -> list[Stage]:
 def _run_stage(stage: Stage, session: Session, timings: dict[str, Any]) -> None:
     print(f"=== {stage.name}", flush=True)
     started = time.perf_counter()
+    assert stage.run is not None
     current = stage.target is not None and stage.target(session.config).is_current
     worked = not current and stage.run(session) is not False
-    seconds = time.perf_counter() - started
-    if worked:
-        timings.setdefault("seconds", {})[stage.name] = round(seconds, 1)
-    print(f"{stage.name}: {f'done in {seconds:.1f} s' if worked else 'up to date'}", flush=True)
+    _tell(stage.name, time.perf_counter() - started if worked else None, timings)
+
+
+def _train(stages: Sequence[Stage], session: Session, timings: dict[str, Any]) -> None:
+    """Train what is not up to date, with workers that are started once: that takes as long as a small training."""
+    config, names = session.config, [stage.trains for stage in stages]
+    print(f"=== {', '.join(stage.name for stage in stages)}", flush=True)
+    started, before = time.perf_counter(), {name: _costs(config, name) for name in names}
+    if not all(stage.target(config).is_current for stage in stages if stage.target):
+        from reclora_dist.ray_app.trainer import train_all
+
+        if config.ray.workers:
+            session.join()
+        train_all(config, names)
+    own = 0.0
+    for stage in stages:
+        costs = _costs(config, stage.trains)
+        seconds = costs["stage_seconds"] if costs != before[stage.trains] else None
+        own += seconds or 0.0
+        _tell(stage.name, seconds, timings)
+        if seconds and config.ray.workers and stage.trains != "crm" and config.adapters[stage.trains].gate == "crm":
+            session.emitted |= series_of("train")  # only such an adapter sets all of them
+    if own:
+        _tell("workers", time.perf_counter() - started - own, timings)
+
+
+def _costs(config: Config, name: str) -> dict[str, float]:
+    """What the last training of a model took; empty if there was none."""
+    training, file = folder(config, "training"), f"{name}.json"
+    return dict(json.loads(training.read(file))) if training.exists(file) else {}
+
+
+def _tell(name: str, seconds: float | None, timings: dict[str, Any]) -> None:
+    """Say, and keep, what a stage took; None: it had nothing to do."""
+    if seconds is not None:
+        timings.setdefault("seconds", {})[name] = round(seconds, 1)
+    print(f"{name}: {'up to date' if seconds is None else f'done in {seconds:.1f} s'}", flush=True)
 
 
 def _synthesise(session: Session) -> bool:
@@ -191,18 +227,6 @@ def _quality(session: Session) -> bool:
     config = session.config
     inputs = {name: folder(config, name).uri for name in ("events", "shards")}
     return session.spark.run("report_quality", config.quality, inputs, "quality")
-
-
-def _train(session: Session, stage: str, adapter: str = "") -> None:
-    from reclora_dist.ray_app.trainer import train_stage
-
-    if session.config.ray.workers == 0:
-        train_stage(session.config, stage, adapter)
-        return
-    session.join()
-    train_stage(session.config, stage, adapter)
-    if adapter and session.config.adapters[adapter].gate == "crm":
-        session.emitted |= series_of("train")  # only such an adapter sets all of them
 
 
 def _evaluation(session: Session) -> None:

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from reclora_dist.config.check import check_ray, check_sizes
 from reclora_dist.config.schema import Config
 from reclora_dist.ray_app.meters import RayMeters
-from reclora_dist.telemetry import names
-from reclora_dist.telemetry.meters import Meters, NullMeters
+from reclora_dist.telemetry import names as metric_names
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
 
@@ -26,49 +25,83 @@ from reclora_dist.train.context import Context
 ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
-def train_stage(config: Config, stage: str, adapter: str = "") -> None:
-    """Run a stage (``crm``, ``adapter`` or ``learning_rate``) on ``config.ray.workers`` workers of the cluster.
+def train_all(config: Config, names: Sequence[str]) -> None:
+    """Train those of ``names`` (``crm``, or an adapter's) that are not up to date, one after the other.
 
-    Workers that are lost are started again, and the run goes on from its newest checkpoint: as often as it takes, if
-    each time there is a new one. With ``ray.min_workers`` it goes on with fewer, if the cluster has no more.
+    ``config.ray.workers`` workers of the cluster are started once for all of them. Workers that are lost are started
+    again, and the run goes on from its newest checkpoint: as often as it takes, if each time there is a new one. With
+    ``ray.min_workers`` it goes on with fewer, if the cluster has no more.
 
     Raises:
         ValueError: the settings do not fit together and nothing was started; or trying again would not help.
         RuntimeError: the workers failed ``ray.max_failures`` times in a row without a new checkpoint.
     """
-    section, sizes = ("lora_train", config.lora_train) if adapter else ("crm_train", config.crm_train)
-    check_sizes(sizes, config.ray.workers, section)
-    check_ray(config.ray)
+    _check(config, names)
     if config.ray.workers == 0:
         torch.set_num_threads(config.ray.threads)
-        stages.run_stage(config, stage, adapter, Context())
+        stages.train_all(config, names, Context())
         return
-    meters, name = RayMeters(), adapter or "crm"
-    store = stages.checkpoints(config, name)
-    failures, lost, reached = 0, 0, -1
+    meters, lost = RayMeters(), dict.fromkeys(names, 0)
+    failures, reached = 0, (0, -1)
     while True:
-        meters.set(names.TRAIN_FAILURES, lost, stage=name)
+        for name, times in lost.items():
+            meters.set(metric_names.TRAIN_FAILURES, times, stage=name)
         try:
-            with tempfile.TemporaryDirectory(prefix="reclora-train-") as scratch:
-                _trainer(config, stage, adapter, scratch).fit()
+            _fit(config, {"names": names})
             return
         except TrainingFailedError as error:
-            step = max(store.steps(), default=0)
-            failures, lost, reached = 1 if step > reached else failures + 1, lost + 1, step
-            _give_up(name, error, failures, config.ray.max_failures)
+            _raise_refusal(error)
+            finished, step = now = _reached(config, names)
+            name = names[min(finished, len(names) - 1)]
+            failures, reached, lost[name] = 1 if now > reached else failures + 1, now, lost[name] + 1
+            if failures > config.ray.max_failures:
+                raise RuntimeError(
+                    f"{name}: the workers failed {failures} times in a row without a new checkpoint. Lower "
+                    f"checkpoint_every of its section, or look at the last failure: {_cause(error)}"
+                ) from error
             print(f"{name}: {_cause(error)}; starting again from step {step}", flush=True)
 
 
-def _give_up(name: str, error: TrainingFailedError, failures: int, allowed: int) -> None:
-    """Raise what ended the training, if trying again is no use."""
+def find_learning_rate(config: Config) -> None:
+    """Run the range test of ``config.finder`` on ``config.ray.workers`` workers of the cluster.
+
+    Raises:
+        ValueError: the settings do not fit together, or a worker says that they do not.
+        RuntimeError: the workers failed.
+    """
+    name = config.finder.stage
+    _check(config, (name,))
+    if config.ray.workers == 0:
+        torch.set_num_threads(config.ray.threads)
+        stages.find_learning_rate(config, name, Context())
+        return
+    try:
+        _fit(config, {"finds": name})
+    except TrainingFailedError as error:
+        _raise_refusal(error)
+        raise RuntimeError(f"{name}: {_cause(error)}") from error
+
+
+def _check(config: Config, names: Sequence[str]) -> None:
+    for name in names:
+        section, sizes = ("crm_train", config.crm_train) if name == "crm" else ("lora_train", config.lora_train)
+        check_sizes(sizes, config.ray.workers, section)
+    check_ray(config.ray)
+
+
+def _reached(config: Config, names: Sequence[str]) -> tuple[int, int]:
+    """How many of ``names`` are trained, and the newest checkpoint's step of the next."""
+    for finished, name in enumerate(names):
+        if not stages.target_of(config, name).is_current:
+            return finished, max(stages.checkpoints(config, name).steps(), default=0)
+    return len(names), 0
+
+
+def _raise_refusal(error: TrainingFailedError) -> None:
+    """Raise what a worker refused: settings, data, divergence or memory; the next try would end the same way."""
     for cause in _causes(error).values():
-        if isinstance(cause, ValueError):  # settings, data, divergence or memory: the next try would end the same way
+        if isinstance(cause, ValueError):
             raise cause from None
-    if failures > allowed:
-        raise RuntimeError(
-            f"{name}: the workers failed {failures} times in a row without a new checkpoint. Lower checkpoint_every of "
-            f"its section, or look at the last failure: {_cause(error)}"
-        ) from error
 
 
 def _causes(error: TrainingFailedError) -> dict[int, BaseException]:
@@ -92,21 +125,22 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def _trainer(config: Config, stage: str, adapter: str, scratch: str) -> TorchTrainer:
-    """The trainer; our checkpoints lie in the run folder, so Ray's storage holds only its own notes."""
+def _fit(config: Config, job: Mapping[str, Any]) -> None:
+    """Start workers for a job; our checkpoints lie in the run folder, so Ray's storage holds only its own notes."""
     gpus, workers, least = config.ray.gpus_per_worker, config.ray.workers, config.ray.min_workers
     resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    return TorchTrainer(
-        _worker,
-        train_loop_config={"config": config, "stage": stage, "adapter": adapter},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=train.ScalingConfig(
-            num_workers=(least, workers) if 0 < least < workers else workers,  # type: ignore[arg-type]
-            use_gpu=bool(gpus),
-            resources_per_worker=resources,
-        ),
-        run_config=train.RunConfig(name=f"{stage}-{adapter}".rstrip("-"), storage_path=scratch),
-    )
+    with tempfile.TemporaryDirectory(prefix="reclora-train-") as scratch:
+        TorchTrainer(
+            _worker,
+            train_loop_config={"config": config, **job},
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=(least, workers) if 0 < least < workers else workers,  # type: ignore[arg-type]
+                use_gpu=bool(gpus),
+                resources_per_worker=resources,
+            ),
+            run_config=train.RunConfig(name="training", storage_path=scratch),
+        ).fit()
 
 
 def _worker(job: Mapping[str, Any]) -> None:
@@ -116,16 +150,16 @@ def _worker(job: Mapping[str, Any]) -> None:
     torch.set_num_threads(config.ray.threads)
     # DeepSpeed calls torch.distributed by names that torch has since replaced: once per rank and step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    rank = train.get_context().get_world_rank()
-    meters: Meters = RayMeters() if rank == 0 else NullMeters()
     context = Context(
-        rank=rank,
+        rank=train.get_context().get_world_rank(),
         world=train.get_context().get_world_size(),
         device=get_device() if config.ray.gpus_per_worker else torch.device("cpu"),
-        meters=meters,
         report=lambda metrics: train.report(dict(metrics)),
     )
-    stages.run_stage(config, job["stage"], job["adapter"], context)
+    if "finds" in job:
+        stages.find_learning_rate(config, job["finds"], context)
+    else:
+        stages.train_all(config, job["names"], context, RayMeters)
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reclora_dist.config.check import check_config, shuffled_names
+from reclora_dist.config.check import OTHER_MODELS, check_config, shuffled_names
 from reclora_dist.config.load import ConfigError
 from reclora_dist.config.schema import Config, PathsConfig, StudyConfig
 from reclora_dist.contract.manifest import Manifest, commit, digest, is_current, read_manifest
@@ -124,7 +124,7 @@ def runs(config: Config, overrides: Sequence[str], compose: Compose) -> list[Run
 
 
 def _check_comparisons(study: StudyConfig, found: Sequence[Run]) -> None:
-    models = {name: {"crm", "running_averages"} for name in (run.point.name for run in found)}
+    models = {name: set(OTHER_MODELS) for name in (run.point.name for run in found)}
     for run in found:
         models[run.point.name] |= {*run.config.adapters, *shuffled_names(run.config).values()}
     for side in itertools.chain(*study.compare):

@@ -108,7 +108,7 @@ def _named(path: Sequence[str]) -> tuple[str, str, str, str]:
 
 
 def _paces(run: Run) -> Iterator[Row]:
-    """``seconds`` of stages; ``samples_per_s`` of training (the whole stage, start included) and of one scorer."""
+    """``seconds`` of stages; ``samples_per_s`` of training (the whole stage) and of one scorer."""
     if not run.folder.exists("timings.json"):
         return
     timings = json.loads(run.folder.read("timings.json"))

@@ -34,6 +34,10 @@ from reclora_dist.train.stopwatch import Stopwatch
 # calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+SWAP_BUFFERS = 24
+"""Parameters in memory at a time where they live on a disk, each in a buffer that holds the largest one's share. Gates
+and the first layer's banks, whose inputs need no gradient, stay there from the backward pass to the end of the step."""
+
 
 class DeepSpeedEngine:
     """A DeepSpeed engine behind the ``Engine`` protocol.
@@ -56,7 +60,8 @@ class DeepSpeedEngine:
             distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        settings = deepspeed_config(engine, config, dtype)
+        largest = max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        settings = deepspeed_config(engine, config, dtype, largest)
         buffers = _float_buffers(model)
         # torch's own AdamW is passed in: naming it in the config would compile a fused one first
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=settings)
@@ -128,17 +133,20 @@ class DeepSpeedEngine:
             outer._lazy_init_hp_params_optimizer_state()
 
 
-def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str) -> dict[str, Any]:
+def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str, largest: int) -> dict[str, Any]:
     """DeepSpeed's own configuration.
 
     The caller sets the end of a step by calling ``step``, so a step may have any number of micro-batches of any size;
     the size that DeepSpeed asks for only enters what it prints.
+
+    Args:
+        largest: numbers in the model's largest parameter.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.clip,
-        "zero_optimization": zero_config(engine),
+        "zero_optimization": zero_config(engine, largest),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -147,7 +155,7 @@ def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str) -> d
     }
 
 
-def zero_config(engine: EngineConfig) -> dict[str, Any]:
+def zero_config(engine: EngineConfig, largest: int) -> dict[str, Any]:
     """The part of DeepSpeed's configuration that is about partitions and where they live.
 
     Raises:
@@ -163,6 +171,11 @@ def zero_config(engine: EngineConfig) -> dict[str, Any]:
     for key, place in places.items():
         if place != "none":
             zero[key] = {"device": place} | ({"nvme_path": engine.nvme_path} if place == "nvme" else {})
+    if engine.offload_parameters == "nvme":
+        world = distributed.get_world_size() if distributed.is_initialized() else 1
+        zero["offload_param"] |= {"buffer_count": SWAP_BUFFERS, "buffer_size": -(-largest // world)}
+        # a gathered parameter keeps its buffer, so it goes when its layer is done, and none is gathered ahead
+        zero |= {f"stage3_{name}": 0 for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")}
     return zero
 
 

@@ -9,9 +9,8 @@ from torch import distributed
 
 from reclora_dist.config.check import check_config
 from reclora_dist.config.schema import Config
-from reclora_dist.config.targets import adapter_target, crm_target
+from reclora_dist.train import stages
 from reclora_dist.train.context import Context
-from reclora_dist.train.stages import run_stage
 
 
 def is_torchrun() -> bool:
@@ -30,13 +29,7 @@ def train_all(config: Config) -> None:
     check_config(config)
     torch.set_num_threads(config.ray.threads)
     with _joined() as context:
-        for adapter in ("", *config.adapters):
-            target = adapter_target(config, adapter) if adapter else crm_target(config)
-            if context.gather(target.is_current)[0]:
-                context.say(f"{adapter or 'crm'}: up to date")
-                continue
-            run_stage(config, "adapter" if adapter else "crm", adapter, context)
-            distributed.barrier()  # the next stage reads what rank 0 writes
+        stages.train_all(config, ("crm", *config.adapters), context)
 
 
 @contextmanager

@@ -30,10 +30,12 @@ def load_partitioned(config: BackboneConfig, path: str, engine: EngineConfig, tr
     home = _folder(path)
     settings, dtype = AutoConfig.from_pretrained(home), getattr(torch, config.dtype)
     torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        largest = max(parameter.numel() for parameter in AutoModel.from_config(settings, dtype=dtype).parameters())
     with (
         initialization.no_init_weights(),
         # it takes the type from this config; one that it is given by name is ignored where there is no float16
-        deepspeed.zero.Init(config_dict_or_path=deepspeed_config(engine, train, config.dtype)),
+        deepspeed.zero.Init(config_dict_or_path=deepspeed_config(engine, train, config.dtype, largest)),
     ):
         model = AutoModel.from_config(settings, dtype=dtype)
     if config.kind == "encoder" and hasattr(model, "pooler"):

@@ -1,10 +1,14 @@
 """What a training worker does for each stage: build, fit, save. Ray starts it; tests call it directly."""
 
 import dataclasses
+import gc
 import json
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from torch.nn import functional as F
 from reclora_dist.backbone.load import load_backbone
 from reclora_dist.config.run import backbone_path, folder, manifest
 from reclora_dist.config.schema import Config, LoraConfig, TrainConfig
-from reclora_dist.config.targets import adapter_target, backbone_target, crm_target
+from reclora_dist.config.targets import Target, adapter_target, backbone_target, crm_target
 from reclora_dist.contract.manifest import add_file
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import CRM, EVENTS, SHARDS, VECTORS
@@ -28,6 +32,7 @@ from reclora_dist.lora.adapter import AdapterConfig, AdapterIdentity, Reference,
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.gate import gate_use, imbalance
 from reclora_dist.lora.model import RecLora, parameter_role
+from reclora_dist.telemetry.meters import Meters, NullMeters
 from reclora_dist.telemetry.tracking import recording
 from reclora_dist.train.checkpoint import Checkpoint, CheckpointStore
 from reclora_dist.train.context import Context
@@ -62,22 +67,49 @@ def train_backbone(config: Config, say: Callable[[str], None] = print) -> None:
     target.commit(files, facts)
 
 
-def run_stage(config: Config, stage: str, adapter: str, context: Context) -> None:
-    """Run a stage (``crm``, ``adapter`` or ``learning_rate``) as this worker, and keep a record of it."""
+def train_all(
+    config: Config, names: Sequence[str], context: Context, meters: Callable[[], Meters] = NullMeters
+) -> None:
+    """Train those of ``names`` (``crm``, or an adapter's) that are not up to date, in this order, as this worker.
+
+    Args:
+        meters: makes those of a stage; they end with it, so that no gauge shows a training that is over.
+
+    Raises:
+        ValueError: a stage refuses its input.
+    """
+    for name in names:
+        if context.gather(target_of(config, name).is_current)[0]:
+            context.say(f"{name}: up to date")
+            continue
+        own = dataclasses.replace(context, meters=meters() if context.leads else NullMeters())
+        with _recorded(config, name, own) as recorded:
+            train_crm(config, recorded) if name == "crm" else train_adapter(config, name, recorded)
+        release_memory(context)
+        context.gather(None)  # the next stage reads what rank 0 has written
+
+
+def target_of(config: Config, name: str) -> Target:
+    """What the training of ``name``, ``crm`` or an adapter's, is to make."""
+    return crm_target(config) if name == "crm" else adapter_target(config, name)
+
+
+def release_memory(context: Context) -> None:
+    """Give back what a stage held: model and engine refer to each other, so they go only when Python looks for them."""
+    gc.collect()
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(context.device)
+
+
+@contextmanager
+def _recorded(config: Config, name: str, context: Context) -> Iterator[Context]:
+    """The context with a record of the stage's course, which rank 0 keeps."""
     if not context.leads:
-        _stage(config, stage, adapter, context)
+        yield context
         return
-    with recording(config, adapter or "crm", dataclasses.asdict(config)) as record:
-        _stage(config, stage, adapter, dataclasses.replace(context, record=record))
-
-
-def _stage(config: Config, stage: str, adapter: str, context: Context) -> None:
-    if stage == "crm":
-        train_crm(config, context)
-    elif stage == "adapter":
-        train_adapter(config, adapter, context)
-    else:
-        find_learning_rate(config, adapter, context)
+    with recording(config, name, dataclasses.asdict(config)) as record:
+        yield dataclasses.replace(context, record=record)
 
 
 @dataclass(frozen=True)
@@ -94,31 +126,34 @@ class Prepared:
 
 def train_crm(config: Config, context: Context) -> None:
     """Train the CRM on all samples and save it at ``crm/``; validation AUC chooses the checkpoint."""
-    _train(config, prepare_crm(config, context), context)
+    _train(config, partial(prepare_crm, config), context)
 
 
 def train_adapter(config: Config, name: str, context: Context) -> None:
     """Fine-tune the adapter ``name`` on the text samples and save it at ``adapters/<name>/``."""
-    _train(config, prepare_adapter(config, name, context), context)
+    _train(config, partial(prepare_adapter, config, name), context)
 
 
-def _train(config: Config, stage: Prepared, context: Context) -> None:
+def _train(config: Config, prepare: Callable[[Context], Prepared], context: Context) -> None:
+    since = time.perf_counter()
+    stage = prepare(context)
     result = fit(stage.task, stage.train, context, stage.store, stage.resume)
     if context.leads:
-        costs = {key: round(value, 6) for key, value in result.costs.items()}
-        folder(config, "training").write(f"{stage.task.name}.json", json.dumps(costs, indent=1).encode())
+        costs = {**result.costs, "stage_seconds": time.perf_counter() - since}
+        rounded = {key: round(value, 6) for key, value in costs.items()}
+        folder(config, "training").write(f"{stage.task.name}.json", json.dumps(rounded, indent=1).encode())
         stage.save(result)
         stage.store.clear()
 
 
-def find_learning_rate(config: Config, adapter: str, context: Context) -> None:
-    """Write a range test of the learning rate of the CRM, or of an adapter, to ``learning_rate/``."""
-    stage = (
-        prepare_adapter(config, adapter, context, fresh=True) if adapter else prepare_crm(config, context, fresh=True)
-    )
-    points = range_test(stage.task, stage.train, config.finder, context)
+def find_learning_rate(config: Config, name: str, context: Context) -> None:
+    """Write a range test of the learning rate of ``name``, ``crm`` or an adapter's, to ``learning_rate/``."""
+    prepare = prepare_crm if name == "crm" else partial(prepare_adapter, name=name)
+    with _recorded(config, name, context) as recorded:
+        stage = prepare(config, context=recorded, fresh=True)
+        points = range_test(stage.task, stage.train, config.finder, recorded)
     if context.leads:
-        write_range_test(folder(config, "learning_rate"), stage.task.name, points, context.say)
+        write_range_test(folder(config, "learning_rate"), name, points, context.say)
 
 
 def prepare_crm(config: Config, context: Context, fresh: bool = False) -> Prepared:
@@ -275,9 +310,7 @@ def _engine(config: Config, model: RecLora, context: Context) -> Engine:
 
 def checkpoints(config: Config, stage: str) -> CheckpointStore:
     """The checkpoints of a stage: ``crm``, or the name of an adapter."""
-    target, train = (
-        (crm_target(config), config.crm_train) if stage == "crm" else (adapter_target(config, stage), config.lora_train)
-    )
+    target, train = target_of(config, stage), config.crm_train if stage == "crm" else config.lora_train
     return CheckpointStore(folder(config, f"checkpoints/{stage}/{target.digest[:12]}"), target.digest, train.keep)
 
 

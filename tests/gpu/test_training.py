@@ -19,7 +19,7 @@ from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.scorer import Scorer
 from reclora_dist.ray_app.evaluate import evaluate_run, results
 from reclora_dist.ray_app.session import connect
-from reclora_dist.ray_app.trainer import train_stage
+from reclora_dist.ray_app.trainer import train_all
 from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
@@ -72,8 +72,7 @@ def test_ray_trains_and_evaluates_there_and_scores_are_those_of_the_cpu(prepared
         config(run, EngineConfig(zero_stage=2)), ray=ray, evaluate=EvaluateConfig(bootstrap=20, history_bands=(4,))
     )
     with connect(ray):
-        for name in small.adapters:
-            train_stage(small, "adapter", name)
+        train_all(small, tuple(small.adapters))
         evaluate_run(small, NullMeters())
     (found,) = [model for model in results(small, "test", {})[0] if model.name == "reclora"]
     shards = Folder(str(run / "shards"))

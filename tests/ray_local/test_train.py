@@ -47,7 +47,7 @@ from reclora_dist.ray_app.embed import embed_items
 from reclora_dist.ray_app.evaluate import evaluate_run, ranking_result, results, slice_results
 from reclora_dist.ray_app.session import Cluster, connect
 from reclora_dist.ray_app.summary import write_summary
-from reclora_dist.ray_app.trainer import train_stage
+from reclora_dist.ray_app.trainer import train_all
 from reclora_dist.retrieval import check_grid
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
@@ -113,8 +113,7 @@ def trained(cluster: Cluster, prometheus: str, prepared: Path, tmp_path_factory:
     run = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("trained") / "run"))
     settings = config(run, **LONG)
     assert not crm_target(settings).is_current, "the prepared one was trained for fewer epochs"
-    train_stage(settings, "crm")
-    train_stage(settings, "adapter", "reclora")
+    train_all(settings, ("crm", "reclora"))
     return run
 
 
@@ -205,7 +204,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_changes(
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(run / "checkpoints", killed), daemon=True)
     killer.start()
-    train_stage(config(run, **LONG), "crm")
+    train_all(config(run, **LONG), ("crm",))
     killer.join(timeout=5)
     assert killed, "no worker was killed: the run was over before its first checkpoint was seen"
     assert crm_digest(run) == crm_digest(trained)
@@ -218,7 +217,7 @@ def test_what_would_fail_again_is_not_tried_again(
     """A learning rate that diverges: one message, no restart, and the checkpoints before it stay."""
     settings = config(run, **{**LONG, "checkpoint_every": 1}, lr=1e30, clip=0.0)
     with pytest.raises(Diverged, match=r"crm: step \d+ has loss .* Lower lr or clip"):
-        train_stage(settings, "crm")
+        train_all(settings, ("crm",))
     assert "starting again" not in capsys.readouterr().out
 
 
@@ -231,7 +230,7 @@ def test_workers_that_never_get_to_a_checkpoint_are_given_up(cluster: Cluster, r
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "crm").write_text("a file where a folder should be")
     with pytest.raises(RuntimeError, match=r"crm: the workers failed 2 times in a row without a new checkpoint"):
-        train_stage(settings, "crm")
+        train_all(settings, ("crm",))
 
 
 def kill_a_worker(checkpoints: Path, killed: list[int]) -> None:
@@ -255,14 +254,14 @@ def is_worker(process: psutil.Process) -> bool:
 
 def test_sizes_that_cannot_work_start_no_worker(run: Path) -> None:
     with pytest.raises(ValueError, match=r"crm_train\.batch_size 1 leaves some of 2 workers without a sample"):
-        train_stage(config(run, batch_size=1), "crm")
+        train_all(config(run, batch_size=1), ("crm",))
 
 
 def test_without_workers_it_runs_in_this_process(run: Path) -> None:
     settings = dataclasses.replace(config(run), ray=RayConfig(workers=0))
     before = crm_digest(run)
     shutil.rmtree(run / "crm")
-    train_stage(settings, "crm")
+    train_all(settings, ("crm",))
     assert crm_digest(run) == before, "the same as a direct call"
 
 

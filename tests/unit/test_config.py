@@ -152,6 +152,10 @@ def test_every_problem_is_a_line() -> None:
         ),
         (["lora_train.micro_tokens=100"], "micro_tokens 100 holds no prompt of prompt.max_tokens 256"),
         (["engine.zero_stage=2", "engine.offload_parameters=cpu"], "needs engine.zero_stage 3 or higher, not 2"),
+        (
+            ["+adapters.crm.experts=2"],
+            "adapters.crm: the evaluation calls another model so; give the adapter another name",
+        ),
         (["ray.min_workers=3"], "ray.min_workers 3 is above ray.workers 2"),
     ],
 )

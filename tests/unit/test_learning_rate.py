@@ -46,7 +46,7 @@ def test_a_stage_is_tested_and_nothing_else_changes(
     run = Path(shutil.copytree(prepared, tmp_path / "run"))
     finder = FinderConfig(stage, low=1e-5, high=10.0, steps=30)
     config = dataclasses.replace(small_config(run, engine=EngineConfig(kind="torch")), finder=finder)
-    stages.run_stage(config, "learning_rate", "" if stage == "crm" else stage, Context())
+    stages.find_learning_rate(config, stage, Context())
     found = json.loads((run / "learning_rate" / f"{stage}.json").read_text())
     rates = [lr for lr, _ in found["points"]]
     assert rates[0] == pytest.approx(1e-5)

@@ -399,8 +399,8 @@ def test_a_machine_that_cannot_offload_to_a_disk_says_what_it_lacks(monkeypatch:
     monkeypatch.setattr(deepspeed_engine.AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     on_disk = EngineConfig(zero_stage=3, offload_parameters="nvme", nvme_path="/scratch")
     with pytest.raises(ValueError, match=r"needs libaio's headers .* apt install libaio-dev g\+\+"):
-        deepspeed_engine.zero_config(on_disk)
-    assert deepspeed_engine.zero_config(EngineConfig(zero_stage=2)) == {"stage": 2, "overlap_comm": False}
+        deepspeed_engine.zero_config(on_disk, 100)
+    assert deepspeed_engine.zero_config(EngineConfig(zero_stage=2), 100) == {"stage": 2, "overlap_comm": False}
 
 
 def test_one_label_in_validation_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
