@@ -1,10 +1,12 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from reclora_dist.telemetry import names
+from reclora_dist.telemetry import memory, names
 from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.telemetry.names import ALL, Metric, series
 
@@ -64,3 +66,16 @@ def test_alerts_say_what_to_do() -> None:
     for rule in (rule for group in groups for rule in group["rules"]):
         assert {"summary", "description"} <= set(rule["annotations"]), rule["alert"]
         assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
+
+
+def test_peak_memory_holds_the_children_and_counts_pages_only_at_a_new_high(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, allocate = memory.PeakMemory(), "x = bytearray(200 << 20); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", allocate], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        peak.sample()
+        child.communicate(b"\n")
+    assert peak.mib > 200
+    monkeypatch.setattr(memory, "tree_mib", lambda: pytest.fail("counted though nothing has grown"))
+    peak.sample()
+    assert peak.mib > 200
