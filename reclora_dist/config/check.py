@@ -89,6 +89,7 @@ def _bad_values(lora: LoraConfig) -> Iterator[tuple[bool, str]]:
     for name in ("dropout", "gate_dropout", "state_dropout"):
         value = getattr(lora, name)
         yield not 0 <= value < 1, f"{name} {value} must be at least 0 and below 1"
+    yield not 0 < lora.blend < 1, f"blend {lora.blend} must be above 0 and below 1"
     yield lora.temperature <= 0, f"gate temperature {lora.temperature} must be above 0"
     yield not 0 <= lora.top_k <= lora.experts, f"top_k {lora.top_k} must be 0 (all) or up to experts = {lora.experts}"
 

@@ -345,11 +345,13 @@ class LoraConfig(Section):
     gate_dropout: float = knob(0.1, "dropout of a gate's hidden layer")
     state_dropout: float = knob(0.0, "dropout of the state that the gate reads")
     state_noise: float = knob(0.0, "standard deviation of noise on that state (after its normalisation), in training")
-    head: Literal["answers", "offset", "fusion"] = knob(
+    head: Literal["answers", "offset", "fusion", "blend"] = knob(
         "answers",
-        "how the score is made: the backbone's answers; these plus the CRM's logit; or a small MLP on the pooled state "
-        "and the CRM's state (late fusion)",
+        "how the score is made: the backbone's answers; these plus the CRM's logit; a small MLP on the pooled state "
+        "and the CRM's state (late fusion); or a mean of the answers' and the CRM's logit, where the answers are "
+        "trained alone",
     )
+    blend: float = knob(0.25, "share of the answers in the mean of head `blend`; choose it on validation")
 
     @property
     def mixture_width(self) -> int:

@@ -77,10 +77,19 @@ class RecLora(nn.Module):
         if self.fusion is not None and known is not None:
             fused: Tensor = self.fusion(self.backbone.pooled(*prompt), known.state)
             return fused
-        logits: Tensor = self.backbone(*prompt)
-        if self.config.head == "offset" and known is not None:
-            return logits + F.pad(known.logit[:, None], (1, 0)).to(logits.dtype)
-        return logits
+        return self._headed(self.backbone(*prompt), known)
+
+    def _headed(self, answers: Tensor, known: CrmOutput | None) -> Tensor:
+        """The logits of the score, [batch, 2], from those of the answers.
+
+        With head ``blend`` they are the answers' own in training: what the CRM knows would keep the language model from
+        learning the rest.
+        """
+        head, share = self.config.head, self.config.blend
+        if known is None or head == "answers" or (head == "blend" and self.training):
+            return answers
+        crm = F.pad(known.logit[:, None], (1, 0)).to(answers.dtype)
+        return answers + crm if head == "offset" else share * answers + (1 - share) * crm
 
     @torch.no_grad()
     def _known(self, batch: TextBatch) -> CrmOutput | None:

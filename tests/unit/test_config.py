@@ -186,6 +186,7 @@ def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[st
         ({"mode": "matrix", "experts": 1, "top_k": 1}, "mode 'matrix' has no weights for top_k 1 to choose from"),
         ({"mode": "matrix", "experts": 1, "balance": 0.1}, "balance 0.1 has no trained weights of several experts"),
         ({"gate": "random", "balance": 0.1}, "balance 0.1 has no trained weights of several experts to even out"),
+        ({"blend": 1.0}, "blend 1.0 must be above 0 and below 1"),
         ({"gate": "id", "state_dropout": 0.1}, "state_dropout 0.1 needs a gate that reads a state, not 'id'; set 0"),
     ],
 )

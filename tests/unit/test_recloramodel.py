@@ -344,6 +344,18 @@ def test_the_offset_is_the_crms_logit_on_yes() -> None:
     assert not difference[:, 0].any()
 
 
+def test_a_blend_trains_the_answers_alone_and_scores_with_a_mean() -> None:
+    blend, batch = model(LoraConfig(experts=1, gate="none", head="blend", blend=0.2)), text_batch()
+    plain = model(LoraConfig(experts=1, gate="none"))
+    plain.load_state_dict(blend.state_dict())
+    answers = plain.eval()(batch)
+    torch.testing.assert_close(blend.train()(batch), answers)
+    scored = blend.eval()(batch)
+    crm = blend.crm(batch.crm).logit
+    torch.testing.assert_close(scored.diff(dim=1)[:, 0], 0.2 * answers.diff(dim=1)[:, 0] + 0.8 * crm)
+    assert not torch.allclose(scored, answers)
+
+
 def test_fusion_reads_the_text_and_the_crms_state_whatever_their_scale() -> None:
     for encoder in (False, True):
         personal, batch = model(LoraConfig(experts=1, gate="none", head="fusion"), encoder).eval(), text_batch()
