@@ -1,4 +1,4 @@
-"""Ray Train around a training stage: workers, process group, metrics, restarts."""
+"""Ray Train around the training stages: workers, process group, metrics, restarts."""
 
 import logging
 import tempfile
