@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Backbone(nn.Module):
     """A language model that returns the logits of (no, yes).
 
-    Causal: the hidden state at the last position times two rows of the LM head; the rest of the vocabulary is never
-    computed. Encoder: the mean of the hidden states through a two-class head, which is trained.
+    Causal: the hidden state at the last position times two rows of the LM head; neither the rest of the vocabulary is
+    computed nor, if samples are not packed, the last layer's MLP at other positions. Encoder: the mean of the hidden states through a two-class head, which is trained.
     """
 
     answers: Tensor | None
@@ -33,6 +33,11 @@ class Backbone(nn.Module):
         self.register_buffer("answers", answers, persistent=False)
         self.head = None if answers is not None else nn.Linear(width, 2)
         self.width = width
+        # of the forward pass in work; they stay set, because gradient checkpointing runs layers again in backward
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._whole = torch.Size()
+        if answers is not None:
+            self._spare_the_last_mlp()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, last: Tensor, positions: Tensor | None = None
@@ -57,6 +62,7 @@ class Backbone(nn.Module):
             positions: place of each token in its sample, int64 [1, length], if all samples are in one row (packed). A
                 causal model's attention is kept within the samples by them.
         """
+        self._rows = None
         if positions is not None:
             packed = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
             state: Tensor = packed[0, last]
@@ -64,12 +70,28 @@ class Backbone(nn.Module):
         if self.head is None:
             # no mask: padding is on the right, where no real token of a causal model looks, and without a mask
             # attention takes its faster kernel
+            self._rows = torch.arange(len(last), device=last.device), last
             hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            last_state: Tensor = hidden[torch.arange(len(last), device=last.device), last]
+            last_state: Tensor = hidden[self._rows]
             return last_state
         return mean_pool(
             self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask
         )
+
+    def _spare_the_last_mlp(self) -> None:
+        """Let the last layer's MLP see the last positions only: its other rows are in no score."""
+        last_layer = next(reversed(getattr(self.model, "layers", ())), None)
+        mlp = getattr(last_layer, "mlp", None)
+        if mlp is not None:
+            mlp.register_forward_pre_hook(self._gather)  # methods, so that a deep copy has hooks of its own
+            mlp.register_forward_hook(self._scatter)
+
+    def _gather(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        self._whole = inputs[0].shape
+        return None if self._rows is None else (inputs[0][self._rows][:, None],)
+
+    def _scatter(self, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        return None if self._rows is None else output.new_zeros(self._whole).index_put(self._rows, output[:, 0])
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The tiny backbone and its pretraining, all families of models, what loading refuses, item vectors: pooling, PCA."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from reclora_dist.backbone.embed import Projection, TextEncoder
 from reclora_dist.backbone.load import Backbone, answer_ids, load_backbone, load_tokenizer, mean_pool
 from reclora_dist.backbone.tiny import pretrain, train_tokenizer
 from reclora_dist.config.schema import BackboneConfig, LoraConfig, TinyConfig
+from reclora_dist.lora.bank import Bank
 from reclora_dist.lora.inject import Conditioning, inject
 from reclora_dist.retrieval import check_grid
 
@@ -170,6 +172,38 @@ def test_a_causal_family_scores_as_its_full_head_without_computing_it(family: st
     everything = full(input_ids=ids, attention_mask=mask).logits[torch.arange(3), last]
     torch.testing.assert_close(logits, everything[:, answer_ids(tokenizer, ("No", "Yes"))])
     assert_default_targets_learn(backbone, names)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_last_mlp_is_computed_only_where_the_score_is_read(family: str, tmp_path: Path) -> None:
+    """With banks on all its layers, too; the gradients are those of the whole."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CAUSAL[family][0]).save_pretrained(tmp_path)
+    train_tokenizer(TEXTS, 320).save_pretrained(tmp_path)
+    backbone, conditioning = load_backbone(BackboneConfig(kind="causal"), str(tmp_path)), Conditioning()
+    banks = inject(backbone.model, ["all-linear"], LoraConfig(experts=3, rank=2), conditioning)
+    for bank in banks.values():
+        torch.nn.init.normal_(bank.B)
+    conditioning.mixture = torch.rand(len(banks), 3, 3)
+    seen: list[torch.Size] = []
+    for layer in backbone.model.layers:  # type: ignore[union-attr]
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2]))  # type: ignore[union-attr]
+    ids, mask, last = prompts()
+    found = gradients(backbone(ids, mask, last), banks)
+    assert seen == [(3, 6), (3, 1)]
+    backbone._rows = None  # a copy has hooks of its own
+    torch.testing.assert_close(copy.deepcopy(backbone)(ids, mask, last), found[0])
+    hidden = backbone.model(input_ids=ids, use_cache=False).last_hidden_state[torch.arange(3), last]
+    assert backbone.answers is not None
+    expected = gradients(hidden @ backbone.answers.T, banks)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def gradients(logits: Tensor, banks: dict[str, Bank]) -> list[Tensor]:
+    """The logits and the gradient of their squares for each parameter of the banks."""
+    parameters = [parameter for bank in banks.values() for parameter in bank.parameters()]
+    return [logits.detach(), *torch.autograd.grad(logits.square().sum(), parameters)]
 
 
 @pytest.mark.parametrize("family", ENCODERS)
