@@ -21,7 +21,8 @@ class Backbone(nn.Module):
     """A language model that returns the logits of (no, yes).
 
     Causal: the hidden state at the last position times two rows of the LM head; neither the rest of the vocabulary is
-    computed nor, if samples are not packed, the last layer's MLP at other positions. Encoder: the mean of the hidden states through a two-class head, which is trained.
+    computed nor, if samples are not packed, the last layer's MLP at other positions. Encoder: the mean of the hidden
+    states through a two-class head, which is trained.
     """
 
     answers: Tensor | None
