@@ -186,7 +186,7 @@ def alone(rank: int, port: int, run: Path, out: Path) -> None:
     kinds = {name: str(buffer.dtype) for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     frozen = {str(p.dtype) for p in model.parameters() if not p.requires_grad}
     out.write_text(json.dumps({"buffers": kinds, "frozen": sorted(frozen)}))
-    stages._train(settings, prepared, Context())
+    stages._train(settings, lambda _: prepared, Context())
 
 
 def killed(rank: int, port: int, run: Path, out: Path) -> None:
