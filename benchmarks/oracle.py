@@ -9,7 +9,7 @@ from plain LoRA on all samples to the best possible AUC that RecLoRA goes; goals
 What users like must be guessed from their past, so 1 cannot be reached. `impersonal`: where all users like the same,
 the lead of a gate that reads the user only over the same model with other users' mixtures; goal: 0 ± .002. The leads
 over LoRA, with as many samples, stand beside it: RecLoRA's own gate reads the item, too, and so what the CRM learnt of
-it from ten times the samples; and eight pairs of matrices need not learn as fast as one.
+it from ten times the samples.
 """
 
 import argparse
