@@ -168,7 +168,7 @@ def _train(stages: Sequence[Stage], session: Session, timings: dict[str, Any]) -
         _tell(stage.name, seconds, timings)
         if seconds and config.ray.workers and stage.trains != "crm" and config.adapters[stage.trains].gate == "crm":
             session.emitted |= series_of("train")  # only such an adapter sets all of them
-    if own:
+    if own and config.ray.workers:
         _tell("workers", time.perf_counter() - started - own, timings)
 
 

@@ -85,7 +85,7 @@ def train_all(
         own = dataclasses.replace(context, meters=meters() if context.leads else NullMeters())
         with _recorded(config, name, own) as recorded:
             train_crm(config, recorded) if name == "crm" else train_adapter(config, name, recorded)
-        release_memory(context)
+        _release_memory(context)
         context.gather(None)  # the next stage reads what rank 0 has written
 
 
@@ -94,7 +94,7 @@ def target_of(config: Config, name: str) -> Target:
     return crm_target(config) if name == "crm" else adapter_target(config, name)
 
 
-def release_memory(context: Context) -> None:
+def _release_memory(context: Context) -> None:
     """Give back what a stage held: model and engine refer to each other, so they go only when Python looks for them."""
     gc.collect()
     if context.device.type == "cuda":
