@@ -145,8 +145,8 @@ def test_offload_and_token_budgets_train_what_plain_torch_trains(results: Path, 
 def test_parameters_and_optimiser_on_a_disk_train_what_plain_torch_trains(
     results: Path, prepared: Path, tmp_path: Path, exhaustive: bool
 ) -> None:
-    """DeepSpeed compiles its asynchronous I/O first. Tensors of this size it keeps in memory all the same; of larger ones
-    see docs/training.md."""
+    """DeepSpeed compiles its asynchronous I/O first. Tensors of this size it keeps in memory all the same;
+    of larger ones see docs/training.md."""
     if not exhaustive:
         pytest.skip("minutes to compile: with --exhaustive only, as in CI")
     run, disk = Path(shutil.copytree(prepared, tmp_path / "run")), tmp_path / "disk"
