@@ -3,11 +3,11 @@
 import errno
 import os
 import posixpath
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
@@ -134,15 +134,15 @@ def patiently(action: Callable[[], T], patience: float, say: Callable[[str], Non
     Raises:
         OSError, StorageFullError: the last failure.
     """
-    deadline, wait = time.monotonic() + patience, FIRST_WAIT_S
+    deadline, wait = monotonic() + patience, FIRST_WAIT_S
     while True:
         try:
             return action()
         except (OSError, StorageFullError) as error:
-            if time.monotonic() + wait > deadline:
+            if monotonic() + wait > deadline:
                 raise
             say(f"{error}; trying again in {wait:.0f} s")
-        time.sleep(wait)
+        sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT_S)
 
 

@@ -170,7 +170,7 @@ def test_a_storage_that_fails_for_a_while_is_tried_again(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("reclora_dist.contract.storage.sleep", waits.append)
     Failing.failures[:] = [OSError("gone"), StorageFullError("no space left"), OSError("gone")]
     said: list[str] = []
     with Failing(store.folder, store.config_digest).writer(60.0, said.append) as writer:

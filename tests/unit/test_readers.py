@@ -208,7 +208,7 @@ def test_storage_that_fails_for_a_while_costs_only_time(
     prefetch: int,
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("reclora_dist.contract.storage.sleep", waits.append)
     plan = epoch(entries)
     Failing(monkeypatch, range(2, 5))
     assert ids(read_batches(folder, entries, plan, COLUMNS, ReaderConfig(kind, prefetch))) == expected_ids(plan)
