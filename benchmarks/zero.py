@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="of a training, each with a GPU if there are some")
     parser.add_argument("--samples", type=int, default=192, help="training samples of each")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step, over all processes")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of the fastest of ours and the Trainer")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of our fastest and the Trainer; 0: ours alone")
     parser.add_argument(
         "--engines", nargs="*", default=list(ENGINES)[:-1], choices=list(ENGINES), help="none: DDP and the Trainer only"
     )
@@ -109,12 +109,13 @@ def main() -> None:
     fastest = max(found, key=lambda name: found[name]["samples_per_second"]) if found else "ddp"
     turns = [(ours(start, common + ENGINES[fastest], home), trainer(start, rival)) for _ in range(arguments.rounds)]
     ratios = [one["samples_per_second"] / other["samples_per_second"] for one, other in turns]
+    trainers = turns[-1][1]["logloss"] if turns else None
     result = {
-        "samples_vs_trainer": round(statistics.median(ratios), 3),
-        "samples_vs_trainer_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "samples_vs_trainer": round(statistics.median(ratios), 3) if ratios else None,
+        "samples_vs_trainer_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "fastest": fastest,
-        "logloss": {"ours": validation_loss(load(common), home), "trainer": turns[-1][1]["logloss"]},
+        "logloss": {"ours": validation_loss(load(common), home), "trainer": trainers},
         "turns": turns,
         "engines": found,
     }
