@@ -14,11 +14,15 @@ from safetensors.torch import save_file
 from sample_data import small_config
 
 from reclora_dist.config.schema import BackboneConfig, Config, EngineConfig, RayConfig, TrainConfig
+from reclora_dist.contract.manifest import read_manifest
+from reclora_dist.contract.schema import SHARDS
+from reclora_dist.contract.storage import Folder
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.telemetry.names import Metric
 from reclora_dist.train import loop, stages
 from reclora_dist.train.context import Context
+from reclora_dist.train.states import ask_teacher
 
 WORLD = 2
 KILL_AT = 6
@@ -173,6 +177,22 @@ def partitioned(rank: int, port: int, path: str, out: Path, dtype: Literal["floa
         ids = torch.tensor([[3, 5, 8, 13], [4, 6, 9, 9]])
         logits = backbone(ids, torch.ones_like(ids), torch.tensor([3, 2]))
     save_file({"logits": logits, "mine": torch.tensor(mine)}, out.with_name(f"{out.name}-{rank}.safetensors"))
+
+
+def taught(rank: int, port: int, run: Path, out: Path) -> None:
+    """LoRA, what it says of the samples, and RecLoRA that starts from it and learns that, with ZeRO-3."""
+    join(rank, port)
+    base = config(run, EngineConfig(zero_stage=3))
+    adapters = small_config(run).adapters
+    pupil = dataclasses.replace(adapters["reclora"], start="lora", teacher="lora")
+    settings = dataclasses.replace(base, adapters={"lora": adapters["lora"], "reclora": pupil})
+    train("lora", settings, rank, out / "lora")
+    shards = Folder(str(run / "shards"))
+    entries = read_manifest(shards, SHARDS).select("text/split=train/")
+    context = Context(rank, torch.distributed.get_world_size())
+    said = ask_teacher(Folder(str(run / "adapters/lora")), shards, entries, context)
+    save_file({"ids": torch.tensor(said.ids), "said": said.values[0]}, out / f"said-{rank}.safetensors")
+    train("reclora", settings, rank, out / "reclora")
 
 
 def alone(rank: int, port: int, run: Path, out: Path) -> None:

@@ -1,8 +1,10 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import asdict
 from itertools import chain, pairwise
 
+from reclora_dist.config.load import ConfigError, build
 from reclora_dist.config.schema import (
     Config,
     CrmConfig,
@@ -39,6 +41,7 @@ def check_config(config: Config) -> None:
         if name in OTHER_MODELS:
             raise ValueError(f"adapters.{name}: the evaluation calls another model so; give the adapter another name")
         check_lora(lora, f"adapters.{name}")
+        _check_source(config, name)
         if lora.gate == "user" and config.retrieval.strategy != "recent":
             raise ValueError(
                 f"adapters.{name}.gate 'user' must not know the target item, but retrieval.strategy "
@@ -47,19 +50,56 @@ def check_config(config: Config) -> None:
     check_crm(config.crm, config.retrieval.strategy)
     _check_evaluate(config.evaluate)
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
-    check_sizes(config.lora_train, config.ray.workers, "lora_train")
-    if 0 < config.lora_train.micro_tokens < config.prompt.max_tokens:
-        raise ValueError(
-            f"lora_train.micro_tokens {config.lora_train.micro_tokens} holds no prompt of prompt.max_tokens "
-            f"{config.prompt.max_tokens}; raise the one or lower the other"
-        )
-    if config.lora_train.packing and config.backbone.kind == "encoder":
-        raise ValueError(
-            "lora_train.packing needs a causal backbone, not an encoder; use lora_train.micro_tokens alone"
-        )
+    _check_fine_tuning(config, config.lora_train, "lora_train")
+    for name, lora in config.adapters.items():
+        if lora.train:
+            _check_fine_tuning(config, _training(config, name), f"adapters.{name}.train")
     check_engine(config.engine, config.backbone.dtype)
     check_ray(config.ray)
     check_finder(config.finder, config.adapters)
+
+
+def _check_source(config: Config, name: str) -> None:
+    """Refuse an adapter that learns from one that is not there by then, or that starts from one of another form."""
+    lora, where = config.adapters[name], f"adapters.{name}"
+    earlier = list(config.adapters)[: list(config.adapters).index(name)]
+    for key, other in (("start", lora.start), ("teacher", lora.teacher)):
+        if other and other not in earlier:
+            known = ", ".join(earlier) or "none"
+            raise ValueError(f"{where}.{key} names {other!r}; adapters listed before {name!r}: {known}")
+    if not lora.start:
+        return
+    source = config.adapters[lora.start]
+    single = source.experts == 1 and source.mode != "matrix"
+    same = (source.experts, source.mode) == (lora.experts, lora.mode)
+    if not (same or (single and lora.mode != "outputs")) or (source.rank, source.alpha) != (lora.rank, lora.alpha):
+        raise ValueError(
+            f"{where}.start {lora.start!r} has {_form(source)}; {_form(lora)} cannot start from it: take the same rank "
+            "and alpha; and one pair (experts = 1) for the modes 'weights' and 'matrix', or the same experts and mode"
+        )
+
+
+def _form(lora: LoraConfig) -> str:
+    return f"experts = {lora.experts}, mode {lora.mode!r}, rank {lora.rank}, alpha {lora.alpha:g}"
+
+
+def _training(config: Config, name: str) -> TrainConfig:
+    """The training settings of an adapter that has own ones, their names and types checked."""
+    try:
+        return build(TrainConfig, {**asdict(config.lora_train), **config.adapters[name].train})
+    except ConfigError as error:
+        raise ValueError(f"adapters.{name}.train: {error}") from None
+
+
+def _check_fine_tuning(config: Config, train: TrainConfig, section: str) -> None:
+    check_sizes(train, config.ray.workers, section)
+    if 0 < train.micro_tokens < config.prompt.max_tokens:
+        raise ValueError(
+            f"{section}.micro_tokens {train.micro_tokens} holds no prompt of prompt.max_tokens "
+            f"{config.prompt.max_tokens}; raise the one or lower the other"
+        )
+    if train.packing and config.backbone.kind == "encoder":
+        raise ValueError(f"{section}.packing needs a causal backbone, not an encoder; use {section}.micro_tokens alone")
 
 
 def shuffled_names(config: Config) -> dict[str, str]:

@@ -3,7 +3,7 @@
 Plain standard library, so that Spark executors and pure modules can import it. ``config.load`` fills and checks them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 
@@ -352,6 +352,17 @@ class LoraConfig(Section):
         "trained alone",
     )
     blend: float = knob(0.25, "share of the answers in the mean of head `blend`; choose it on validation")
+    start: str = knob(
+        "",
+        "adapter of the run, listed before this one, whose weights the training starts from; a single pair starts all "
+        "experts, each with a little noise",
+    )
+    teacher: str = knob(
+        "",
+        "adapter of the run, listed before this one, whose scores of the training samples are learned in place of "
+        "their labels",
+    )
+    train: dict[str, bool | int | float] = knob(dict, "settings of lora_train that are others for this adapter")
 
     @property
     def mixture_width(self) -> int:
@@ -367,6 +378,11 @@ class LoraConfig(Section):
     def weighs(self) -> bool:
         """Whether they are weights of experts, so that there is something to say about the experts' use."""
         return self.personal and self.mode != "matrix"
+
+    def training(self, common: "TrainConfig") -> "TrainConfig":
+        """How it is trained: like all adapters, but for its own settings."""
+        own: dict[str, Any] = self.train
+        return replace(common, **own)
 
 
 @dataclass(frozen=True)
@@ -542,3 +558,7 @@ class Config(Section):
     serve: ServeConfig = knob(ServeConfig, "service")
     export: ExportConfig = knob(ExportConfig, "export to PEFT")
     study: StudyConfig = knob(StudyConfig, "grid of runs; only cli.study reads it")
+
+    def training(self, name: str) -> TrainConfig:
+        """How ``name``, ``crm`` or an adapter's, is trained."""
+        return self.crm_train if name == "crm" else self.adapters[name].training(self.lora_train)

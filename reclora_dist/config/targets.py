@@ -75,8 +75,9 @@ def crm_target(config: Config) -> Target:
 def adapter_target(config: Config, name: str) -> Target:
     """The trained adapter ``name``, whatever the engine and the number of workers."""
     parents = {"shards": SHARDS, "crm": CRM} | ({"backbone": BACKBONE} if config.backbone.kind == "tiny" else {})
-    own = [name, config.adapters[name], config.backbone, config.prompt]
-    used = digest([*own, meaning(config.lora_train)])
+    lora = config.adapters[name]
+    parents |= {f"adapters/{other}": ADAPTER for other in (lora.start, lora.teacher) if other}
+    used = digest([name, lora, config.backbone, config.prompt, meaning(config.training(name))])
     return Target(folder(config, f"adapters/{name}"), ADAPTER, used, _digests(config, parents))
 
 

@@ -32,6 +32,9 @@ from reclora_dist.lora.model import RecLora
 
 _DTYPES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
+START_NOISE = 0.1
+"""Standard deviation of the noise on experts that start from one pair, as a share of that of the pair's B."""
+
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
@@ -122,7 +125,7 @@ def load_adapter(
     config, manifest = read_adapter_config(folder)
     config = _changed(config, dtype, base)
     _check_backbone(folder, config, manifest.parents)
-    parameters = load(verified(folder, digested(folder, manifest, WEIGHTS)))
+    parameters = read_weights(folder)
     backbone = load_backbone(config.backbone, resolved_backbone(folder, config))
     model = RecLora(backbone, load_crm(folder, manifest), config.backbone, config.lora)
     load_trained(model, parameters, folder.uri)
@@ -157,6 +160,39 @@ def resolved_backbone(folder: Folder, config: AdapterConfig) -> str:
     if not config.backbone_path.startswith("."):
         return config.backbone_path
     return str(folder.resolve(config.backbone_path).local())
+
+
+def read_weights(folder: Folder) -> dict[str, Tensor]:
+    """The trained parameters of an adapter folder, by name.
+
+    Raises:
+        ContractError: it is no adapter folder, of another version, or damaged.
+    """
+    return load(verified(folder, digested(folder, read_manifest(folder, ADAPTER), WEIGHTS)))
+
+
+def start_from(model: RecLora, parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Give an untrained model the weights of a trained one where name and shape are the same.
+
+    A single pair becomes every expert of its bank, so the model says what the trained one says, whatever the mixture.
+    Their B gets a little noise: of equal experts the gate would learn nothing.
+
+    Args:
+        seed: of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = parameters.get(name)
+            if not parameter.requires_grad or source is None:
+                continue
+            if source.shape == parameter.shape:
+                parameter.copy_(source)
+            elif ".bank." in name and source.shape == (1, *parameter.shape[1:]):
+                parameter.copy_(source.expand_as(parameter))
+                if name.endswith(".B"):
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(START_NOISE * source.std() * noise)
 
 
 def load_trained(model: RecLora, parameters: Mapping[str, Tensor], origin: str) -> None:

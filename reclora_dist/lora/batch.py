@@ -21,6 +21,7 @@ class TextBatch:
             prompt, int64 [1, L]; ``last`` is counted in that row then. None where every sample has its row.
         segments: of a packed batch, the sample that each token belongs to, int64 [1, L].
         answers: what the CRM says of the samples, if it was asked before: state [B, .], logit [B], user state [B, .].
+        taught: probability of a like to be learned in place of the label, float32 [B]; None: the label.
     """
 
     crm: CrmBatch
@@ -28,6 +29,7 @@ class TextBatch:
     attention_mask: torch.Tensor
     last: torch.Tensor
     answers: tuple[torch.Tensor, ...] = ()
+    taught: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     segments: torch.Tensor | None = None
 
@@ -53,9 +55,13 @@ class TextBatch:
         """The samples ``rows``, int64 [n], padded to the longest of them."""
         last = self.last[rows]
         length = int(last.max()) + 1 if len(rows) else 0
-        answers = tuple(answer[rows] for answer in self.answers)
         return TextBatch(
-            self.crm.take(rows), self.input_ids[rows, :length], self.attention_mask[rows, :length], last, answers
+            self.crm.take(rows),
+            self.input_ids[rows, :length],
+            self.attention_mask[rows, :length],
+            last,
+            tuple(answer[rows] for answer in self.answers),
+            None if self.taught is None else self.taught[rows],
         )
 
     def packed(self) -> "TextBatch":

@@ -84,8 +84,7 @@ def find_learning_rate(config: Config) -> None:
 
 def _check(config: Config, names: Sequence[str]) -> None:
     for name in names:
-        section, sizes = ("crm_train", config.crm_train) if name == "crm" else ("lora_train", config.lora_train)
-        check_sizes(sizes, config.ray.workers, section)
+        check_sizes(config.training(name), config.ray.workers, "crm_train" if name == "crm" else "lora_train")
     check_ray(config.ray)
 
 

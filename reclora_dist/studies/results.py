@@ -115,7 +115,7 @@ def _paces(run: Run) -> Iterator[Row]:
     samples = _training_samples(run)
     for stage, seconds in timings.get("seconds", {}).items():
         yield Row(run.point.name, run.seed, "training", "", stage, "seconds", seconds)
-        n = samples.get(stage.partition(" ")[0], 0)
+        n = samples.get(stage.removeprefix("adapter "), 0)
         if n and seconds:
             yield Row(run.point.name, run.seed, "training", "", stage, "samples_per_s", n / seconds, n=n)
     for model, rate in timings.get("samples_per_s", {}).items():
@@ -128,10 +128,8 @@ def _training_samples(run: Run) -> dict[str, int]:
     if not shards.exists("manifest.json"):
         return {}
     record, config = read_manifest(shards, SHARDS), run.config
-    return {
-        "crm": record.rows("crm/split=train/") * config.crm_train.epochs,
-        "adapter": record.rows("text/split=train/") * config.lora_train.epochs,
-    }
+    rows = {"crm": record.rows("crm/split=train/"), **dict.fromkeys(config.adapters, record.rows("text/split=train/"))}
+    return {name: n * config.training(name).epochs for name, n in rows.items()}
 
 
 def compare(config: Config, runs: Sequence[Run], rows: Sequence[Row]) -> list[Difference]:

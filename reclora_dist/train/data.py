@@ -34,14 +34,15 @@ class Data:
         collate: Callable[[pa.Table], Any],
         train: TrainConfig,
         context: Context,
+        teach: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Args: kind: ``crm`` or ``text``.
+        """Args: kind: ``crm`` or ``text``; teach: what is done to the batches of the training, not of the validation.
 
         Raises:
             ValueError: a split is empty, or smaller than one step.
         """
         self.config, self.columns, self.collate, self.context = config, columns, collate, context
-        self.train = train
+        self.train, self.teach = train, teach
         self.folder = folder(config, "shards")
         self.training = self._entries(shards, f"{kind}/split=train/")
         self.validation = self._entries(shards, f"{kind}/split=validation/")
@@ -100,6 +101,7 @@ class Data:
         with closing(read_batches(self.folder, self.training, plan, self.columns, self.config.reader, start)) as tables:
             for table in tables:
                 batch = self.collate(table)
+                batch = self.teach(batch) if self.teach else batch
                 yield batch, self._passes(batch)
 
     def _passes(self, batch: Any) -> list[Rows]:

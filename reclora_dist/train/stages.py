@@ -21,14 +21,21 @@ from reclora_dist.backbone.load import load_backbone
 from reclora_dist.config.run import backbone_path, folder, manifest
 from reclora_dist.config.schema import Config, LoraConfig, TrainConfig
 from reclora_dist.config.targets import Target, adapter_target, backbone_target, crm_target
-from reclora_dist.contract.manifest import add_file
+from reclora_dist.contract.manifest import Manifest, add_file
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import CRM, EVENTS, SHARDS, VECTORS
 from reclora_dist.crm.batch import CrmBatch, CrmOutput
 from reclora_dist.crm.build import Crm, add_crm, build_crm, load_crm, vocabulary_of
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
 from reclora_dist.evaluate.scorer import crm_probability, text_collator
-from reclora_dist.lora.adapter import AdapterConfig, AdapterIdentity, Reference, save_adapter
+from reclora_dist.lora.adapter import (
+    AdapterConfig,
+    AdapterIdentity,
+    Reference,
+    read_weights,
+    save_adapter,
+    start_from,
+)
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.gate import gate_use, imbalance
 from reclora_dist.lora.model import RecLora, parameter_role
@@ -40,7 +47,7 @@ from reclora_dist.train.data import Data
 from reclora_dist.train.engine import Engine, Loss, TorchEngine, build_optimiser, load_parameters
 from reclora_dist.train.learning_rate import range_test, write_range_test
 from reclora_dist.train.loop import FitResult, Task, fit
-from reclora_dist.train.states import ask_crm, with_answers
+from reclora_dist.train.states import ask_crm, ask_teacher, taught, with_answers
 
 
 def train_backbone(config: Config, say: Callable[[str], None] = print) -> None:
@@ -178,23 +185,27 @@ def prepare_crm(config: Config, context: Context, fresh: bool = False) -> Prepar
 
 def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = False) -> Prepared:
     """The adapter ``name`` on its backbone with its data; ``fresh`` takes up no checkpoint."""
-    lora = config.adapters[name]
+    lora, train = config.adapters[name], config.training(name)
     shards = manifest(config, "shards", SHARDS)
     crm_folder, crm_manifest = folder(config, "crm"), manifest(config, "crm", CRM)
+    teach = _teacher(config, lora, shards, context)  # before our own model is there: two do not fit where one does
     adapter = adapter_config(config, name)
     if context.device.type == "cpu" and _is_emulated(config.backbone.dtype):
         context.say(
             f"{name}: backbone.dtype {config.backbone.dtype}, for which this processor has no instructions: several "
             "times slower than float32"
         )
-    model = build_model(config, lora, load_crm(crm_folder, crm_manifest)).to(context.device)
+    model = build_model(config, lora, load_crm(crm_folder, crm_manifest))
+    if lora.start:
+        start_from(model, read_weights(folder(config, f"adapters/{lora.start}")), train.seed)
+    model = model.to(context.device)
     target, store = adapter_target(config, name), checkpoints(config, name)
     resume = _taken_up(model, store, context, fresh)
-    engine = _engine(config, model, context)
+    engine = _engine(config, model, train, context)
     collate: Callable[[pa.Table], TextBatch] = text_collator(adapter, folder(config, "events"), backbone_path(config))
     if config.reader.crm_states == "stored" and model.reads_crm:
         collate = with_answers(collate, ask_crm(model, folder(config, "shards"), shards.select("text/"), context))
-    data = Data(config, shards, "text", TEXT_COLUMNS, collate, config.lora_train, context)
+    data = Data(config, shards, "text", TEXT_COLUMNS, collate, train, context, teach)
     task = Task(
         name,
         engine,
@@ -210,7 +221,20 @@ def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = F
         weights = {key.partition("/")[2]: value for key, value in result.parameters.items()}
         save_adapter(target.folder, adapter, weights, (crm_folder, crm_manifest), origin, _facts(result))
 
-    return Prepared(task, config.lora_train, store, resume, save)
+    return Prepared(task, train, store, resume, save)
+
+
+def _teacher(
+    config: Config, lora: LoraConfig, shards: Manifest, context: Context
+) -> Callable[[TextBatch], TextBatch] | None:
+    """What gives the training batches the scores of the adapter's teacher; None without a teacher."""
+    if not lora.teacher:
+        return None
+    entries = shards.select("text/split=train/")
+    context.say(f"{lora.teacher} scores {sum(entry.rows for entry in entries):,} training samples as the teacher")
+    scores = ask_teacher(folder(config, f"adapters/{lora.teacher}"), folder(config, "shards"), entries, context)
+    _release_memory(context)
+    return partial(taught, scores=scores)
 
 
 def _is_emulated(dtype: str) -> bool:
@@ -231,14 +255,14 @@ def build_model(config: Config, lora: LoraConfig, crm: Crm) -> RecLora:
 
     With ZeRO-3 the backbone is partitioned while it is read, so this is a collective operation.
     """
-    path = backbone_path(config)
+    path, train = backbone_path(config), lora.training(config.lora_train)
     if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3 and distributed.is_initialized():
         from reclora_dist.train.partitioned import load_partitioned
 
-        backbone = load_partitioned(config.backbone, path, config.engine, config.lora_train)
+        backbone = load_partitioned(config.backbone, path, config.engine, train)
     else:
         backbone = load_backbone(config.backbone, path)
-    torch.manual_seed(config.lora_train.seed)
+    torch.manual_seed(train.seed)
     return RecLora(backbone, crm, config.backbone, lora)
 
 
@@ -265,8 +289,10 @@ def crm_loss(output: CrmOutput, batch: CrmBatch) -> Tensor:
 
 
 def text_loss(logits: Tensor, batch: TextBatch) -> Tensor:
-    """Cross entropy over the two answers."""
-    return F.cross_entropy(logits, batch.label.long())
+    """Cross entropy over the two answers, with the labels or with what a teacher says in their place."""
+    if batch.taught is None:
+        return F.cross_entropy(logits, batch.label.long())
+    return F.cross_entropy(logits, torch.stack([1 - batch.taught, batch.taught], dim=1).to(logits.dtype))
 
 
 def adapter_loss(model: RecLora) -> Loss:
@@ -297,21 +323,21 @@ def _text_scores(model: torch.nn.Module, batch: TextBatch) -> Tensor:
     return torch.softmax(logits.double(), dim=-1)[:, 1]
 
 
-def _engine(config: Config, model: RecLora, context: Context) -> Engine:
+def _engine(config: Config, model: RecLora, train: TrainConfig, context: Context) -> Engine:
     plain = config.engine.kind == "torch"
-    optimiser = build_optimiser(model, config.lora_train, parameter_role, fused=plain)
+    optimiser = build_optimiser(model, train, parameter_role, fused=plain)
     if plain:
-        return TorchEngine(model, optimiser, adapter_loss(model), config.lora_train, context)
+        return TorchEngine(model, optimiser, adapter_loss(model), train, context)
     from reclora_dist.train.deepspeed_engine import DeepSpeedEngine
 
     loss = adapter_loss(model)
-    return DeepSpeedEngine(model, optimiser, loss, config.lora_train, config.engine, context, config.backbone.dtype)
+    return DeepSpeedEngine(model, optimiser, loss, train, config.engine, context, config.backbone.dtype)
 
 
 def checkpoints(config: Config, stage: str) -> CheckpointStore:
     """The checkpoints of a stage: ``crm``, or the name of an adapter."""
-    target, train = target_of(config, stage), config.crm_train if stage == "crm" else config.lora_train
-    return CheckpointStore(folder(config, f"checkpoints/{stage}/{target.digest[:12]}"), target.digest, train.keep)
+    target, keep = target_of(config, stage), config.training(stage).keep
+    return CheckpointStore(folder(config, f"checkpoints/{stage}/{target.digest[:12]}"), target.digest, keep)
 
 
 def _facts(result: FitResult) -> dict[str, Any]:

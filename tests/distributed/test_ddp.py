@@ -22,8 +22,11 @@ from reclora_dist.backbone.load import load_backbone
 from reclora_dist.backbone.tiny import train_tokenizer
 from reclora_dist.config.schema import BackboneConfig
 from reclora_dist.contract.manifest import read_manifest
-from reclora_dist.contract.schema import ADAPTER
+from reclora_dist.contract.schema import ADAPTER, SHARDS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.lora.adapter import read_weights
+from reclora_dist.train.context import Context
+from reclora_dist.train.states import ask_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ENGINES = ["torch", "zero0", "zero1", "zero2", "zero3"]
@@ -137,6 +140,26 @@ def test_offload_and_token_budgets_train_what_plain_torch_trains(results: Path, 
         for found in (state(variants, name), expected)
     )
     assert_close(ours, theirs, 1e-4)
+
+
+def test_two_processes_ask_a_teacher_like_one(prepared: Path, tmp_path: Path) -> None:
+    """Each asks about its share of the samples, and both know all; the pupil that starts from it is whole."""
+    run = Path(shutil.copytree(prepared, tmp_path / "run"))
+    spawn(ddp_workers.taught, run, tmp_path)
+    shards, teacher = Folder(str(run / "shards")), Folder(str(run / "adapters/lora"))
+    alone = ask_teacher(teacher, shards, read_manifest(shards, SHARDS).select("text/split=train/"), Context())
+    for rank in range(ddp_workers.WORLD):
+        said = load_file(tmp_path / f"said-{rank}.safetensors")
+        assert said["ids"].tolist() == alone.ids.tolist()
+        torch.testing.assert_close(said["said"], alone.values[0], atol=1e-6, rtol=0)
+    (begun, learned) = (read_weights(Folder(str(run / "adapters" / name))) for name in ("lora", "reclora"))
+    names = {name for name in learned if name.endswith("bank.A")}
+    assert names == {name for name in begun if name.endswith("bank.A")}
+    for name in names:
+        assert learned[name].shape == (4, *begun[name].shape[1:])
+        assert (
+            torch.nn.functional.cosine_similarity(learned[name].mean(0).flatten(), begun[name].flatten(), dim=0) > 0.9
+        )
 
 
 @pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="libaio is absent (Debian: libaio-dev)")
