@@ -24,7 +24,7 @@ setup: $(READY)  ## make the environment in .venv (demo, test, lint and bench do
 demo: setup  ## logs to a served, evaluated RecLoRA, embedded; files in runs/demo, second time: what is up to date is skipped
 	@$(BIN)/python -m reclora_dist.cli.pipeline $(ARGS)
 
-test: setup  ## all tests, in two processes; ARGS="-k metrics" chooses, ARGS="-n 0" takes one, ARGS=--exhaustive as CI does
+test: setup  ## all tests, in two processes; ARGS="-k metrics" chooses, ARGS="-n 0" takes one, ARGS=--exhaustive repeats the slow ones
 	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, import-linter

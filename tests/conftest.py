@@ -22,7 +22,7 @@ MODELS = Path(__file__).parents[2] / "shared" / "models"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="also every repetition of slow tests, as CI runs them")
+    parser.addoption("--exhaustive", action="store_true", help="also every repetition of slow tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -235,6 +235,7 @@ def model_card(config: AdapterConfig, parents: Mapping[str, str], facts: Mapping
             "",
             _USE,
             "## Training",
+            *_descent(lora),
             *_table(("figure", "value"), figures),
             "",
             "## Validation",
@@ -248,6 +249,14 @@ def model_card(config: AdapterConfig, parents: Mapping[str, str], facts: Mapping
             _LIMITS,
         ]
     )
+
+
+def _descent(lora: LoraConfig) -> list[str]:
+    """Which adapters of its run it was made from, if any."""
+    told = [f"It started from the weights of `{lora.start}`."] if lora.start else []
+    if lora.teacher:
+        told.append(f"It learned the probabilities that `{lora.teacher}` gives the samples, in place of their labels.")
+    return [" ".join(told), ""] if told else []
 
 
 _USE = """## Use

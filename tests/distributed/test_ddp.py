@@ -170,7 +170,7 @@ def test_parameters_and_optimiser_on_a_disk_train_what_plain_torch_trains(
     """DeepSpeed compiles its asynchronous I/O first. Tensors of this size it keeps in memory all the same;
     of larger ones see docs/training.md."""
     if not exhaustive:
-        pytest.skip("minutes to compile: with --exhaustive only, as in CI")
+        pytest.skip("minutes to compile: with --exhaustive only")
     run, disk = Path(shutil.copytree(prepared, tmp_path / "run")), tmp_path / "disk"
     disk.mkdir()
     spawn(ddp_workers.on_disk, run, tmp_path / "disk-run", disk)

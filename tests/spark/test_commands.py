@@ -65,7 +65,7 @@ def test_a_job_says_what_it_did_and_no_more(made: tuple[Path, str]) -> None:
 
 def test_spark_submit_takes_the_same_arguments(made: tuple[Path, str], tmp_path: Path, exhaustive: bool) -> None:
     if not exhaustive:
-        pytest.skip("test_submitting does so with a wheel in place of a checkout: with --exhaustive only, as in CI")
+        pytest.skip("test_submitting does so with a wheel in place of a checkout: with --exhaustive only")
     submit = [
         str(Path(sys.executable).with_name("spark-submit")),
         "--master",

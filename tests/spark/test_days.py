@@ -126,7 +126,7 @@ def test_days_in_groups_give_the_same_shards(
     run: Runner, raw: Path, whole: Path, tmp_path: Path, exhaustive: bool
 ) -> None:
     if not exhaustive:
-        pytest.skip("half a minute for the same code in other steps: with --exhaustive only, as in CI")
+        pytest.skip("half a minute for the same code in other steps: with --exhaustive only")
     one_by_one(run, tmp_path, raw, [DAYS[:2], DAYS[2:3], DAYS[3:]])
     assert shards_of(tmp_path).content_digest == shards_of(whole).content_digest
 

@@ -43,7 +43,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("partitions", [7, 64])
 def test_whatever_the_partitions(spark, run, build_all, finished, tmp_path: Path, partitions: int, exhaustive) -> None:
     if partitions > 7 and not exhaustive:
-        pytest.skip("half a minute for the same code again: with --exhaustive only, as in CI")
+        pytest.skip("half a minute for the same code again: with --exhaustive only")
     before = spark.conf.get("spark.sql.shuffle.partitions")
     spark.conf.set("spark.sql.shuffle.partitions", partitions)
     try:

@@ -113,7 +113,7 @@ def test_no_trace_of_a_deleted_user_is_left(
     run, rows, log: Path, without: Path, key: Path, listed: Path, tmp_path: Path, hide: bool, exhaustive: bool
 ) -> None:
     if not hide and not exhaustive:
-        pytest.skip("half a minute for the same code with fewer steps: with --exhaustive only, as in CI")
+        pytest.skip("half a minute for the same code with fewer steps: with --exhaustive only")
     settings = ["privacy.hash_users=true", f"privacy.key_file={key}"] if hide else []
     shards_of(run, tmp_path / "run", log, *settings)
     traces = [word.encode() for word in (GONE, hashed(GONE), "only-his", "Atlantis", "Lemuria")]

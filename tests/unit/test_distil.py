@@ -189,6 +189,9 @@ def test_the_pupil_begins_as_its_start_and_is_made_again_when_that_is(run: Path,
     )
     assert adapter_target(config(run), "distilled").is_current
     ours, theirs = read_weights(pupil), read_weights(Folder(str(run / "adapters/lora")))
+    card = (run / "adapters/distilled/README.md").read_text()
+    assert "It started from the weights of `lora`. It learned the probabilities that `lora` gives" in card
+    assert manifest.parents["adapters/lora"] in card
     name = next(name for name in theirs if name.endswith("bank.A"))
     assert F.cosine_similarity(ours[name].mean(0).flatten(), theirs[name].flatten(), dim=0) > 0.9
     home = Path(shutil.copytree(run, tmp_path / "run"))
