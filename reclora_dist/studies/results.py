@@ -115,7 +115,7 @@ def _paces(run: Run) -> Iterator[Row]:
     samples = _training_samples(run)
     for stage, seconds in timings.get("seconds", {}).items():
         yield Row(run.point.name, run.seed, "training", "", stage, "seconds", seconds)
-        n = samples.get(stage.removeprefix("adapter "), 0)
+        n = samples.get(stage, 0)
         if n and seconds:
             yield Row(run.point.name, run.seed, "training", "", stage, "samples_per_s", n / seconds, n=n)
     for model, rate in timings.get("samples_per_s", {}).items():
@@ -123,13 +123,14 @@ def _paces(run: Run) -> Iterator[Row]:
 
 
 def _training_samples(run: Run) -> dict[str, int]:
-    """Samples that the CRM and each adapter go through, over all epochs."""
+    """Samples that a training stage goes through, over all epochs, by the stage's name."""
     shards = run.folder.child("shards")
     if not shards.exists("manifest.json"):
         return {}
     record, config = read_manifest(shards, SHARDS), run.config
-    rows = {"crm": record.rows("crm/split=train/"), **dict.fromkeys(config.adapters, record.rows("text/split=train/"))}
-    return {name: n * config.training(name).epochs for name, n in rows.items()}
+    rows, texts = record.rows("crm/split=train/"), record.rows("text/split=train/")
+    adapters = {f"adapter {name}": texts * config.training(name).epochs for name in config.adapters}
+    return {"crm": rows * config.crm_train.epochs, **adapters}
 
 
 def compare(config: Config, runs: Sequence[Run], rows: Sequence[Row]) -> list[Difference]:
