@@ -1,17 +1,15 @@
 """Metrics of probabilities against binary labels, with confidence intervals that resample users.
 
 Rows of one user are not independent, so the bootstrap draws whole users. A resample is a vector of user weights, and
-every metric is a function of such weights: nothing is copied or sorted again per resample. Point values come from
-torchmetrics where it has the metric.
+every metric is a function of such weights: nothing is copied or sorted again per resample. The point value is that of
+weights of one.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
 
 from reclora_dist.config.schema import EvaluateConfig
 from reclora_dist.evaluate.auc import Floats, auc_by_group, ratio, sums, tie_starts
@@ -74,7 +72,7 @@ def binary_metrics(
     sample = _check(labels, scores, users, config)
     statistics = {metric: _STATISTICS[metric](sample) for metric in METRICS}
     draws = {metric: np.concatenate(values) for metric, values in _resample(sample, statistics, config).items()}
-    return {metric: _interval(_point(metric, sample), draws[metric]) for metric in METRICS}
+    return {metric: _interval(_point(statistics[metric], sample), draws[metric]) for metric in METRICS}
 
 
 def paired_difference(
@@ -93,9 +91,10 @@ def paired_difference(
     if metric not in _STATISTICS:
         raise ValueError(f"metric {metric!r} is unknown; choose one of {', '.join(METRICS)}")
     a, b = (_check(labels, scores, users, config) for scores in (scores_a, scores_b))
-    draws = _resample(a, {"a": _STATISTICS[metric](a), "b": _STATISTICS[metric](b)}, config)
+    statistics = {"a": _STATISTICS[metric](a), "b": _STATISTICS[metric](b)}
+    draws = _resample(a, statistics, config)
     difference = np.concatenate(draws["a"]) - np.concatenate(draws["b"])
-    return _interval(_point(metric, a) - _point(metric, b), difference)
+    return _interval(_point(statistics["a"], a) - _point(statistics["b"], b), difference)
 
 
 def mean_interval(values: Floats, config: EvaluateConfig) -> Interval:
@@ -204,8 +203,8 @@ def _acc(sample: _Sample) -> Statistic:
 
 
 def _ece(sample: _Sample) -> Statistic:
-    edges = torch.linspace(0, 1, sample.bins + 1, dtype=torch.float64).numpy()  # torchmetrics' bins, to the last bit
-    slots = sample.bins + 1  # as there, a score of exactly 1 has a bin of its own
+    edges = np.linspace(0, 1, sample.bins + 1)
+    slots = sample.bins + 1  # a score of exactly 1 has a bin of its own, as in torchmetrics
     cells = sample.codes * slots + np.searchsorted(edges, sample.scores, side="right") - 1
     gaps = sums(cells, sample.labels - sample.scores, sample.users * slots).reshape(sample.users, slots)
     rows = sample.per_user(np.ones_like(sample.labels))
@@ -221,13 +220,6 @@ _STATISTICS: dict[str, Callable[[_Sample], Statistic]] = {
 }
 
 
-def _point(metric: str, sample: _Sample) -> float:
-    """The metric on the rows as they are, by torchmetrics if it has it."""
-    scores, labels = torch.from_numpy(sample.scores), torch.from_numpy(sample.labels.astype(np.int64))
-    if metric == "auc":
-        return float(binary_auroc(scores, labels))
-    if metric == "acc":
-        return float(binary_accuracy(scores, labels))
-    if metric == "ece":
-        return float(binary_calibration_error(scores, labels, n_bins=sample.bins, norm="l1"))
-    return float(_STATISTICS[metric](sample)(np.ones((1, sample.users)))[0])
+def _point(statistic: Statistic, sample: _Sample) -> float:
+    """The metric on the rows as they are."""
+    return float(statistic(np.ones((1, sample.users)))[0])
