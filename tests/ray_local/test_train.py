@@ -57,6 +57,9 @@ pytestmark = pytest.mark.ray
 RAY = RayConfig(workers=2, object_store_mib=100)
 MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring" / "prometheus"
 PATIENCE_S = 120.0
+ALONE = dataclasses.replace(RAY, workers=1)
+"""Where the number of workers changes nothing: each takes ten seconds to start."""
+
 LONG = {"epochs": 12, "checkpoint_every": 7}
 """A training of the CRM that lasts long enough to be disturbed."""
 
@@ -223,7 +226,7 @@ def test_what_would_fail_again_is_not_tried_again(
 
 def test_workers_that_never_get_to_a_checkpoint_are_given_up(cluster: Cluster, run: Path) -> None:
     """What each try does is no error of ours: the run folder cannot be written to."""
-    settings = dataclasses.replace(config(run, **LONG), ray=dataclasses.replace(RAY, max_failures=1))
+    settings = dataclasses.replace(config(run, **LONG), ray=dataclasses.replace(ALONE, max_failures=1))
     settings = dataclasses.replace(settings, tracking=TrackingConfig(tensorboard=False))
     settings = dataclasses.replace(settings, crm_train=dataclasses.replace(settings.crm_train, storage_patience=0.0))
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -330,7 +333,7 @@ def vectors_of(run: Path) -> np.ndarray:
 def test_items_of_a_later_day_are_projected_as_those_before(cluster: Cluster, run: Path, tmp_path: Path) -> None:
     texts = {n: f"A record, number {n * n}, of {['jazz', 'rock', 'folk'][n % 3]}." for n in range(1, 46)}
     first = {n: texts[n] for n in range(1, 41)}
-    base = dataclasses.replace(config(run), embed=EmbedConfig(path=str(run / "backbone"), dimension=6))
+    base = dataclasses.replace(config(run), ray=ALONE, embed=EmbedConfig(path=str(run / "backbone"), dimension=6))
     earlier = with_items(run, first, set(range(1, 31)), [])
     embed_items(base)
     before = vectors_of(run)
