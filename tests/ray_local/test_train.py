@@ -55,11 +55,11 @@ from reclora_dist.train.errors import Diverged
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(workers=2, object_store_mib=100)
-MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring" / "prometheus"
-PATIENCE_S = 120.0
 ALONE = dataclasses.replace(RAY, workers=1)
 """Where the number of workers changes nothing: each takes ten seconds to start."""
 
+MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring" / "prometheus"
+PATIENCE_S = 120.0
 LONG = {"epochs": 12, "checkpoint_every": 7}
 """A training of the CRM that lasts long enough to be disturbed."""
 
