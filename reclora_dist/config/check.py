@@ -22,8 +22,18 @@ OTHER_MODELS = ("crm", "running_averages")
 """Names of what is evaluated beside the adapters."""
 
 
+def check_raw(config: Config) -> None:
+    """Refuse a config without a raw log; only what builds the events needs one.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    if not config.synthesise and not config.events.source.path:
+        raise ValueError("events.source.path is empty; give the folder of the raw log")
+
+
 def check_config(config: Config) -> None:
-    """Refuse a config that cannot work.
+    """Refuse a config that cannot work, whatever stages are to run.
 
     Raises:
         ValueError: names the setting, its value and the remedy.
@@ -33,8 +43,6 @@ def check_config(config: Config) -> None:
         for name in pair:
             if name not in known:
                 raise ValueError(f"compare names {name!r}; there are: {', '.join(sorted(known))}")
-    if not config.synthesise and not config.events.source.path:
-        raise ValueError("events.source.path is empty; give the folder of the raw log")
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
     for name, lora in config.adapters.items():

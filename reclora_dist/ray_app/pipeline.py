@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from reclora_dist.config import targets
-from reclora_dist.config.check import check_config
+from reclora_dist.config.check import check_config, check_raw
 from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.storage import Folder
@@ -91,12 +91,14 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
         ValueError: the config does not fit together, or a stage refuses its input.
     """
     check_config(config)
+    stages = [stage for stage in plan(config) if stage.name.startswith(tuple(names))]
+    if any(stage.name == "events" for stage in stages):
+        check_raw(config)
     home = Folder(config.paths.run)
     write_record(config, datetime.now(UTC).isoformat(timespec="seconds"))
     timings = _read_state(home)
     with ExitStack() as stack, PeakMemory() as memory, closing(SparkJobs(config)) as spark:
         session = Session(config, stack, spark, rates=dict(timings.get("samples_per_s", {})))
-        stages = [stage for stage in plan(config) if stage.name.startswith(tuple(names))]
         groups = [list(group) for _, group in groupby(stages, lambda stage: "training" if stage.trains else stage.name)]
         for done, group in enumerate(groups, 1):
             _train(group, session, timings) if group[0].trains else _run_stage(group[0], session, timings)

@@ -48,6 +48,7 @@ def connect(config: RayConfig) -> Iterator[Cluster]:
 
     Raises:
         ConnectionError: there is no cluster at the address.
+        ValueError: the workers ask for more GPUs than a fresh cluster has; it would wait for them forever.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if ray.is_initialized():
@@ -60,6 +61,7 @@ def connect(config: RayConfig) -> Iterator[Cluster]:
         with _temp_dir() as folder:
             context = _start(config, folder)
             with _connected(context) as address:
+                check_gpus(config, ray.cluster_resources().get("GPU", 0))
                 port = context.address_info["metrics_export_port"]
                 yield Cluster(address, context.dashboard_url, (f"127.0.0.1:{port}",), started=True)
 
@@ -77,6 +79,20 @@ def _connected(context: Any) -> Iterator[str]:
         else:
             os.environ["RAY_ADDRESS"] = before
         ray.shutdown(wait_for_processes=True)
+
+
+def check_gpus(config: RayConfig, found: float) -> None:
+    """Refuse workers that ask for more GPUs than this machine has.
+
+    Raises:
+        ValueError: names the settings and the remedy.
+    """
+    wanted = config.workers * config.gpus_per_worker
+    if wanted > found:
+        raise ValueError(
+            f"ray.workers {config.workers} x ray.gpus_per_worker {config.gpus_per_worker:g} asks for {wanted:g} GPUs, "
+            f"and Ray finds {found:g} on this machine: lower one of them, or name a cluster in ray.address"
+        )
 
 
 def _start(config: RayConfig, folder: Path) -> Any:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reclora_dist.config.check import OTHER_MODELS, check_config, shuffled_names
+from reclora_dist.config.check import OTHER_MODELS, check_config, check_raw, shuffled_names
 from reclora_dist.config.load import ConfigError
 from reclora_dist.config.schema import Config, PathsConfig, StudyConfig
 from reclora_dist.contract.manifest import Manifest, commit, digest, is_current, read_manifest
@@ -115,6 +115,7 @@ def runs(config: Config, overrides: Sequence[str], compose: Compose) -> list[Run
         try:
             composed = compose([*overrides, *point.overrides])
             check_config(composed)
+            check_raw(composed)
         except ValueError as error:
             raise ConfigError(f"point {point.name!r}: {error}") from error
         found += [_run(config, composed, [*overrides, *point.overrides], point, seed) for seed in config.study.seeds]

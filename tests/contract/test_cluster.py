@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import reclora_dist
 from reclora_dist.cli.compose import load
+from reclora_dist.config.check import check_config
 from reclora_dist.config.load import ConfigError, build
 from reclora_dist.contract.manifest import ContractError, Manifest, commit
 from reclora_dist.contract.schema import ADAPTER
@@ -122,6 +123,7 @@ def test_dockerfiles_take_our_versions_and_existing_files(path):
 def test_the_job_gives_its_workers_what_it_asks_for():
     job = yaml.safe_load((CLUSTER / "kuberay" / "rayjob.yaml").read_text())["spec"]
     config = load(shlex.split(job["entrypoint"])[3:])
+    check_config(config)
     workers = job["rayClusterSpec"]["workerGroupSpecs"][0]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert workers["replicas"] * int(limits["nvidia.com/gpu"]) == config.ray.workers * config.ray.gpus_per_worker

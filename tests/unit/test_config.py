@@ -12,7 +12,8 @@ from reclora_dist.cli.compose import CONFIGS, lenient, load
 from reclora_dist.config.check import check_config, shuffled_names
 from reclora_dist.config.load import ConfigError
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TinyConfig
-from reclora_dist.ray_app.pipeline import plan
+from reclora_dist.contract.manifest import ContractError
+from reclora_dist.ray_app.pipeline import plan, run_stages
 
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}" for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS
@@ -33,7 +34,7 @@ def test_every_shipped_option_composes(option: str) -> None:
         assert config.engine == (EngineConfig(kind="torch") if name == "torch" else EngineConfig(zero_stage=stage))
         assert name in ("torch", f"zero{stage}")
     if group == "data":
-        check_config(config if config.synthesise else with_path(config))
+        check_config(config)
     if group == "backbone":
         assert config.backbone.kind == name
         assert ("backbone" in {stage.name for stage in plan(config)}) == (name == "tiny")
@@ -41,11 +42,6 @@ def test_every_shipped_option_composes(option: str) -> None:
         check_config(config)
     if group == "crm":
         assert config.crm.kind == name
-
-
-def with_path(config: Config) -> Config:
-    source = dataclasses.replace(config.events.source, path="logs")
-    return dataclasses.replace(config, events=dataclasses.replace(config.events, source=source))
 
 
 def test_the_default_is_the_demo() -> None:
@@ -128,7 +124,6 @@ def test_every_problem_is_a_line() -> None:
             ["compare=[[reclora,loraa]]"],
             "compare names 'loraa'; there are: crm, lora, reclora, running_averages, uniform",
         ),
-        (["data=movielens_1m"], "events.source.path is empty; give the folder of the raw log"),
         (["retrieval.short=99"], "retrieval.short 99 is above retrieval.long 60"),
         (
             ["compare=[[reclora,'reclora (shuffled)']]"],
@@ -163,6 +158,14 @@ def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[st
     with pytest.raises(ValueError) as error:
         check_config(load(settings))
     assert words in str(error.value)
+
+
+def test_only_what_builds_the_events_asks_for_the_raw_log(tmp_path: Path) -> None:
+    config = load(["data=movielens_1m", f"paths.run={tmp_path}"])
+    with pytest.raises(ValueError, match=r"events\.source\.path is empty; give the folder of the raw log"):
+        run_stages(config, ("",))
+    with pytest.raises(ContractError, match="shards"):
+        run_stages(config, ("crm",))
 
 
 @pytest.mark.parametrize(
