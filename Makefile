@@ -38,7 +38,7 @@ bench: setup  ## one claim measured: NAME=movielens RAW=path/to/ml-1m, NAME=pers
 	@$(BIN)/python benchmarks/$(NAME).py $(if $(RAW),--raw "$(RAW)") $(ARGS)
 
 study: setup  ## a grid of runs that answers a question: NAME=few_shot; without NAME, all are listed; ARGS="study.seeds=[0]"
-	@$(BIN)/python -m reclora_dist.cli.study $(if $(NAME),"study=$(NAME)") $(ARGS)
+	@$(BIN)/python -m reclora_dist.cli.study $(if $(NAME),"study=$(NAME)" $(ARGS),--help)
 
 wheel: setup  ## the package as dist/reclora_dist-*.whl, for `spark-submit --py-files`; without the network
 	@rm -rf build  # setuptools keeps modules there that are gone

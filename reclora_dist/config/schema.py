@@ -220,7 +220,7 @@ class BackboneConfig(Section):
         "the stack; empty: the query and value projections, whatever they are called",
     )
     top_layers: int = knob(0, "adapt only the last n layers; 0: all")
-    gradient_checkpointing: bool = knob(False, "run the layers again in backward: less memory, more time")
+    gradient_checkpointing: bool = knob(False, "run the layers again in backward: less memory, more time", means=False)
     answers: tuple[str, str] = knob(("No", "Yes"), "answer words of a causal model, for label 0 and 1")
     tiny: TinyConfig = knob(TinyConfig, "the embedded model, if kind is tiny")
     seed: int = knob(0, "seed of everything that is initialised here")
@@ -362,7 +362,9 @@ class LoraConfig(Section):
         "adapter of the run, listed before this one, whose scores of the training samples are learned in place of "
         "their labels",
     )
-    train: dict[str, bool | int | float] = knob(dict, "settings of lora_train that are others for this adapter")
+    train: dict[str, bool | int | float] = knob(
+        dict, "settings of lora_train that are others for this adapter", means=False
+    )  # those that mean something are part of ``Config.training``
 
     @property
     def mixture_width(self) -> int:

@@ -50,7 +50,7 @@ def meaning(section: Section) -> dict[str, Any]:
 def backbone_target(config: Config) -> Target:
     """The tiny backbone."""
     parents = _digests(config, {"events": EVENTS})
-    used = digest([config.backbone, config.prompt, config.retrieval.short])
+    used = digest([meaning(config.backbone), config.prompt, config.retrieval.short])
     return Target(folder(config, "backbone"), BACKBONE, used, parents)
 
 
@@ -73,11 +73,16 @@ def crm_target(config: Config) -> Target:
 
 
 def adapter_target(config: Config, name: str) -> Target:
-    """The trained adapter ``name``, whatever the engine and the number of workers."""
-    parents = {"shards": SHARDS, "crm": CRM} | ({"backbone": BACKBONE} if config.backbone.kind == "tiny" else {})
+    """The trained adapter ``name``, whatever the engine and the number of workers.
+
+    Events, whose texts it reads, and vectors are among the parents because the adapter refers to them: scorer and
+    service refuse it beside others.
+    """
+    parents = {"events": EVENTS, "vectors": VECTORS, "shards": SHARDS, "crm": CRM}
+    parents |= {"backbone": BACKBONE} if config.backbone.kind == "tiny" else {}
     lora = config.adapters[name]
     parents |= {f"adapters/{other}": ADAPTER for other in (lora.start, lora.teacher) if other}
-    used = digest([name, lora, config.backbone, config.prompt, meaning(config.training(name))])
+    used = digest([name, meaning(lora), meaning(config.backbone), config.prompt, meaning(config.training(name))])
     return Target(folder(config, f"adapters/{name}"), ADAPTER, used, _digests(config, parents))
 
 

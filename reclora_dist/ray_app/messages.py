@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Split = Literal["validation", "test"]
 Status = Literal["pending", "running", "done", "failed"]
 
+Time = Annotated[int, Field(ge=-(2**53), le=2**53)]
+"""Milliseconds since the epoch that every JSON reader keeps exact, and every table holds."""
+
 
 class Message(BaseModel):
     """Base of all messages: an unknown key is an error, so that a typo does not pass unseen."""
@@ -21,7 +24,7 @@ class Event(Message):
     item: Annotated[str, Field(description="item id as in the log")]
     rating: Annotated[float, Field(description="a rating on the log's scale")]
     time: Annotated[
-        int | None, Field(description="milliseconds since the epoch; left out in all events, their order counts")
+        Time | None, Field(description="milliseconds since the epoch; left out in all events, their order counts")
     ] = None
 
 
@@ -47,7 +50,7 @@ class ScoreRequest(Message):
     history: Annotated[list[Event] | None, Field(description="what the user did, oldest first; or send user")] = None
     candidates: Annotated[list[str], Field(description="item ids to score")]
     time: Annotated[
-        int | None,
+        Time | None,
         Field(description="score as of this moment (milliseconds since the epoch): later events are not seen"),
     ] = None
     profile: Annotated[dict[str, str], Field(description="user fields by name, instead of the log's")] = {}

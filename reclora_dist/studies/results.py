@@ -171,7 +171,7 @@ def _by_seed(
         found[seed] = Interval(values[keys[0]] - values[keys[1]], NAN, NAN)
         if metric in METRICS:
             a, b = (_predictions(folders[point, seed], config.study.split, model) for model, point in sides)
-            if a["sample_id"].equals(b["sample_id"]):
+            if all(a[column].equals(b[column]) for column in ("sample_id", "user", "label")):
                 labels, users = a["label"].to_numpy(), a["user"].to_numpy()
                 scores = a["score"].to_numpy(), b["score"].to_numpy()
                 found[seed] = paired_difference(labels, *scores, users, config.evaluate, metric)

@@ -32,8 +32,8 @@ def out_of_memory(stage: str, step: int, micro_batches: Sequence[MicroBatch]) ->
     rows = max(len(batch) for batch, _ in micro_batches)
     return OutOfMemory(
         f"{stage}: out of memory in step {step}, with up to {rows} samples per forward pass. Set micro_batch of its "
-        f"section to {max(1, rows // 2)} or micro_tokens, or take a higher engine.zero_stage: it goes on from the last "
-        "checkpoint. With backbone.gradient_checkpointing=true it starts anew."
+        f"section to {max(1, rows // 2)} or micro_tokens, backbone.gradient_checkpointing=true, or a higher "
+        "engine.zero_stage, and run again: it goes on from the last checkpoint."
     )
 
 

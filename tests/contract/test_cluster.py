@@ -166,6 +166,26 @@ def test_a_documented_submission_names_a_script_a_job_and_options_that_exist(scr
     build(found.config, settings("{}", given.settings))
 
 
+def test_the_documented_way_to_hand_settings_to_spark_jobs(tmp_path):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    given, code = re.search(r"python - (data=\S+ [^<]*)<<'END'\n(.*?)^END$", page, re.MULTILINE | re.DOTALL).groups()
+    command = [sys.executable, "-", *given.split()]
+    subprocess.run(
+        command, input=code, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    jobs = {
+        "events": "build_events",
+        "retrieval": "retrieve_history",
+        "shards": "write_shards",
+        "quality": "report_quality",
+    }
+    for section, job in jobs.items():
+        found = importlib.import_module(f"spark_jobs.{job}").JOB
+        assert build(found.config, settings(str(tmp_path / f"{section}.json"), [])) == getattr(
+            load(given.split()), section
+        )
+
+
 def submitted(script, tmp_path, *arguments, stderr=subprocess.PIPE, **environment):
     """Run a script with a spark-submit that prints what it was told."""
     (tmp_path / "spark-submit").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

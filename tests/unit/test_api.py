@@ -84,6 +84,14 @@ MALFORMED = {
         {"history": [{"item": "a", "rating": "good"}], "candidates": ["a"]},
         "body.history.0.rating: Input should be a valid number, unable to parse string as a number, found 'good'",
     ),
+    "a time beyond int64": (
+        {"user": "u", "candidates": ["a"], "time": 10**30},
+        "body.time: Input should be less than or equal to 9007199254740992",
+    ),
+    "a time that no table holds": (
+        {"history": [{"item": "a", "rating": 1, "time": -(2**63)}], "candidates": ["a"]},
+        "body.history.0.time: Input should be greater than or equal to -9007199254740992",
+    ),
     "too many candidates": ({"user": "u", "candidates": ["a"] * 4}, "4 candidates, this service takes at most 3"),
     "long history": (
         {"history": [{"item": "a", "rating": 1}] * 3, "candidates": ["a"]},

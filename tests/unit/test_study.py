@@ -161,12 +161,12 @@ LABELS = np.array([1, 1, 0, 0, 1, 0], np.int8)
 USERS = np.array([1, 1, 2, 2, 3, 3], np.int32)
 
 
-def write_evaluation(run: Folder, first_sample: int = 0, shift: float = 0.0) -> None:
+def write_evaluation(run: Folder, first_sample: int = 0, shift: float = 0.0, labels: np.ndarray = LABELS) -> None:
     """An evaluation of the models a and b: AUC of a 0.9 + shift, of b 0.7; a slice, and the CRM on all rows."""
     folder, files = run.child("evaluation"), []
     for place, (model, scores) in enumerate(SCORES.items()):
         order = np.arange(6)[::-1] if place else np.arange(6)
-        columns = [pa.array(order + first_sample), pa.array(USERS[order]), pa.array(LABELS[order])]
+        columns = [pa.array(order + first_sample), pa.array(USERS[order]), pa.array(labels[order])]
         table = pa.table([*columns, pa.array(np.array(scores)[order])], schema=predictions)
         files.append(write_part(folder, f"predictions/test/{model}/", 0, table, 100))
     interval = {"mean": 0.9 + shift, "low": 0.8, "high": 1.0}
@@ -271,6 +271,17 @@ def test_models_on_other_rows_are_compared_over_seeds_only(tmp_path: Path) -> No
     assert all(math.isnan(interval.low) for interval in found.seeds.values())
     spread = 12.7062 * (0.03 / 2**0.5) / 2**0.5
     assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx((-0.015 - spread, -0.015 + spread))
+
+
+def test_the_same_rows_with_other_labels_are_other_rows(tmp_path: Path) -> None:
+    """As between points with two thresholds of a like."""
+    config, runs = finished_runs(tmp_path, points=2)
+    for run in runs[1::2]:
+        write_evaluation(run.folder, shift=-0.01, labels=1 - LABELS)
+    config = dataclasses.replace(config, study=dataclasses.replace(config.study, compare=(("a@long-20", "a@long-60"),)))
+    (found,) = results.compare(config, runs, [row for run in runs for row in results.rows_of(run)])
+    assert all(math.isnan(interval.low) for interval in found.seeds.values())
+    assert found.seeds[0].mean == pytest.approx(0.01)
 
 
 def test_the_results_are_a_tidy_table_a_page_and_a_plot_per_axis(tmp_path: Path) -> None:

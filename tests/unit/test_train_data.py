@@ -13,8 +13,8 @@ from sample_data import small_config
 from torch import Tensor
 
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig
-from reclora_dist.contract.manifest import read_manifest
-from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
+from reclora_dist.contract.manifest import add_file, commit, read_manifest
+from reclora_dist.contract.schema import ADAPTER, CRM, EVENTS, SHARDS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
 from reclora_dist.data.collate import CRM_COLUMNS, crm_batch
@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a token budget": {"lora_train": {"micro_tokens": 900}},
     "packing": {"lora_train": {"packing": True}},
     "packing by a token budget": {"lora_train": {"packing": True, "micro_tokens": 700}},
+    "layers run again in the backward pass": {"backbone": {"gradient_checkpointing": True}},
     "stored answers of the CRM": {"reader": {"crm_states": "stored"}},
     "nothing ahead": {"reader": {"prefetch": 0}},
     "petastorm": {"reader": {"kind": "petastorm"}},
@@ -76,13 +77,29 @@ def test_such_settings_leave_outputs_up_to_date_and_checkpoints_usable(prepared:
     from reclora_dist.config.targets import adapter_target, crm_target
 
     base = config(prepared)
+    own = adapter_target(base, "reclora").digest
     for changes in VARIANTS.values():
-        assert adapter_target(config(prepared, **changes), "reclora").digest == adapter_target(base, "reclora").digest
+        assert adapter_target(config(prepared, **changes), "reclora").digest == own
     other = dataclasses.replace(base, ray=dataclasses.replace(base.ray, workers=7), engine=EngineConfig(zero_stage=3))
     assert crm_target(other).digest == crm_target(base).digest
-    assert adapter_target(other, "reclora").digest == adapter_target(base, "reclora").digest
+    assert adapter_target(other, "reclora").digest == own
+    smaller = {"reclora": dataclasses.replace(LORA, train={"micro_batch": 8})}
+    assert adapter_target(dataclasses.replace(base, adapters=smaller), "reclora").digest == own
     longer = config(prepared, lora_train={"epochs": 2})
-    assert adapter_target(longer, "reclora").digest != adapter_target(base, "reclora").digest
+    assert adapter_target(longer, "reclora").digest != own
+
+
+@pytest.mark.parametrize("name", ["events", "vectors"])
+def test_an_adapter_is_outdated_by_whatever_it_refers_to(prepared: Path, tmp_path: Path, name: str) -> None:
+    """The service, too, refuses an adapter beside other events or vectors than those of its training."""
+    from reclora_dist.config.targets import adapter_target
+
+    run = Path(shutil.copytree(prepared, tmp_path / "run"))
+    before = adapter_target(config(run), "reclora").digest
+    folder, form = Folder(str(run / name)), {"events": EVENTS, "vectors": VECTORS}[name]
+    made = read_manifest(folder, form)
+    commit(folder, dataclasses.replace(made, files=(*made.files, add_file(folder, "more.json", b"{}"))))
+    assert adapter_target(config(run), "reclora").digest != before
 
 
 def test_the_crms_stored_answers_are_those_it_gives(prepared: Path) -> None:
