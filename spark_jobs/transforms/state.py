@@ -35,7 +35,7 @@ ROWS_PER_PIECE = 250_000
 
 def keep(
     spark: "SparkSession", config: EventsConfig, out: Folder, events: Sequence[FileEntry], profiles: Profiles,
-    users: DataFrame, before: Before | None, gone: Sequence[int],
+    users: DataFrame, before: Before | None, privacy: Privacy, gone: Sequence[int],
 ) -> Output:  # fmt: skip
     """Write what the next day needs to know.
 
@@ -44,6 +44,7 @@ def keep(
         profiles: fields of this build's users.
         users: its new users, with user_id and user.
         before: what the days before left.
+        privacy: with the key of this build's user ids.
         gone: users of whom nothing may be kept.
 
     Returns:
@@ -65,7 +66,7 @@ def keep(
     facts = {
         "days": [before.facts["days"][0] if before else config.source.days[0], config.source.days[1]],
         "added": list(config.source.days),
-        "lasting": lasting(config),
+        "lasting": lasting(config, privacy),
         "keep": config.keep,
         "previous": named(before.folder, out) if before else None,
         "ancestors": [*before.facts["ancestors"], before.manifest.content_digest] if before else [],
