@@ -11,7 +11,7 @@ from itertools import accumulate, chain
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reclora_dist.contract.manifest import FileEntry, add_file, file_entry, verified
+from reclora_dist.contract.manifest import FileEntry, add_digested, verified
 from reclora_dist.contract.storage import Folder
 
 _BEHIND = 64
@@ -62,7 +62,7 @@ def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 def _add(folder: Folder, stem: str, suffix: str, sink: pa.BufferOutputStream, rows: int, step: int) -> FileEntry:
     content = sink.getvalue().to_pybytes()
     groups = [min(step, rows - start) for start in range(0, rows, step)]
-    return add_file(folder, f"{stem}-{file_entry('', content).sha256[:12]}.{suffix}", content, groups)
+    return add_digested(folder, f"{stem}.{suffix}", content, groups)
 
 
 def _of_few_values(schema: pa.Schema) -> Iterator[str]:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from reclora_dist.contract.manifest import ContractError, FileEntry, add_file, file_entry
+from reclora_dist.contract.manifest import ContractError, FileEntry, add_digested
 from reclora_dist.contract.storage import Folder
 
 MERGED_FACTOR = 2
@@ -43,8 +43,7 @@ def write_piece(folder: Folder, prefix: str, table: pa.Table, key: str) -> FileE
         writer.write_batch(batch)
     content = sink.getvalue().to_pybytes()
     first = table[key][0].as_py() - _LEAST
-    name = f"{prefix}part-{first:0{_DIGITS}x}-{file_entry('', content).sha256[:12]}.arrow"
-    return add_file(folder, name, content, [table.num_rows])
+    return add_digested(folder, f"{prefix}part-{first:0{_DIGITS}x}.arrow", content, [table.num_rows])
 
 
 class Run:
