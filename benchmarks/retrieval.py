@@ -401,11 +401,14 @@ def encoding(rows: int = 60_000, rounds: int = 5) -> dict:
     result = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Folder(scratch)
-        for name, write in (("arrow", write_arrow_part), ("parquet", write_part)):
+        for name, write in (
+            ("arrow", lambda folder: write_arrow_part(folder, "", 0, [table], 20_000)),
+            ("parquet", lambda folder: write_part(folder, "", 0, table, 20_000)),
+        ):
             spent: dict[str, list[float]] = {"write": [], "read": []}
             for _ in range(rounds):
                 started = time.process_time()
-                entry = write(folder, "", 0, table, 20_000)
+                entry = write(folder)
                 spent["write"].append(time.process_time() - started)
                 started = time.process_time()
                 read_part(folder, entry)

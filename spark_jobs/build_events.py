@@ -37,7 +37,7 @@ def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]
     parents = {**inputs.parents, "raw": privacy.fingerprint(fingerprint(config.source, folder))}
     before = _before(inputs)
     if before:
-        check_follows(config, before)
+        check_follows(config, privacy, before)
     source, settings = replace(config.source, path=""), replace(config.privacy, key_file="", delete="")
     return replace(config, source=source, privacy=settings), replace(
         inputs, folders={**inputs.folders, "raw": folder.absolute()}, parents=parents, privacy=privacy

@@ -10,6 +10,7 @@ from reclora_dist.contract.manifest import ContractError, Manifest, digest, read
 from reclora_dist.contract.runs import Run
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.privacy import Privacy
 
 RUNS = {"state": "user", "vocabulary": "key"}
 """Tables that are kept as sorted runs, and their keys."""
@@ -77,10 +78,10 @@ def check_days(config: EventsConfig) -> None:
             raise ValueError(f"split=dates does not go with this {setting}: {remedy}")
 
 
-def lasting(config: EventsConfig) -> str:
-    """Digest of the settings that must stay as they are from day to day."""
+def lasting(config: EventsConfig, privacy: Privacy) -> str:
+    """Digest of the settings, and of the key of user ids, that must stay as they are from day to day."""
     names = ("like_at_least", "rating_levels", "min_history", "split", "cut_dates", "keep", "item_text")
-    fields = [list(config.source.item_fields), list(config.source.user_fields), config.privacy.hash_users]
+    fields = [list(config.source.item_fields), list(config.source.user_fields), privacy.mark or False]
     return digest([fields, *[getattr(config, name) for name in names]])
 
 
@@ -129,11 +130,11 @@ def _named(folder: Folder, older: Mapping[str, str]) -> tuple[Folder, Manifest]:
     return place, found
 
 
-def check_follows(config: EventsConfig, previous: Before) -> None:
+def check_follows(config: EventsConfig, privacy: Privacy, previous: Before) -> None:
     """Refuse a build that does not go on where the days before it end.
 
     Raises:
-        ValueError: a day is missing or there twice, or a lasting setting has changed.
+        ValueError: a day is missing or there twice, or a lasting setting or the key of user ids has changed.
     """
     if config.split != "dates":
         raise ValueError("--previous needs split=dates: only builds by days go on from one another")
@@ -144,11 +145,11 @@ def check_follows(config: EventsConfig, previous: Before) -> None:
             f"source.days starts with {config.source.days[0]}, but {previous.folder.uri!r} ends with {last}: the next "
             f"day is {expected}. Add the days in between first."
         )
-    if previous.facts["lasting"] != lasting(config):
+    if previous.facts["lasting"] != lasting(config, privacy):
         raise ValueError(
             f"settings differ from those of {previous.folder.uri!r}: like_at_least, rating_levels, min_history, "
-            "cut_dates, keep, item_text, fields and privacy.hash_users must stay. Set them as they were, or build "
-            "again from the first day."
+            "cut_dates, keep, item_text, fields, privacy.hash_users and its key must stay. Set them as they were, or "
+            "build again from the first day."
         )
 
 

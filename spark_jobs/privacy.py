@@ -39,6 +39,11 @@ class Privacy:
         """Whether there is anything to hide."""
         return bool(self.key) or self.deleted is not None
 
+    @property
+    def mark(self) -> str:
+        """What tells one key from another without telling the key; the same from day to day. Empty: there is no key."""
+        return hmac.digest(self.key, b"reclora user key", "sha256").hex() if self.key else ""
+
     def fingerprint(self, log: str) -> str:
         """What the fingerprint ``log`` of a raw log becomes: another key or another list gives another one.
 

@@ -1,8 +1,10 @@
 """The past that each sample gets to see: its user's events before it, the most similar to the target or the newest."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,17 +106,25 @@ class Retrieval:
         """Do task ``number``: one row of the schema RESULT, none if the task has no sample."""
         from spark_jobs.parts import entry_batch
 
+        counts = Counter[str]()
+        found = self._retrieved(number, counts)
+        for first in found:
+            part = write_arrow_part(self.out, "histories/", number, chain([first], found), ROWS_PER_BATCH)
+            batch = entry_batch([part])
+            for split in SPLITS:
+                batch = batch.append_column(split, pa.array([counts[split]], pa.int64()))
+            yield batch
+
+    def _retrieved(self, number: int, counts: Counter[str]) -> Iterator[pa.Table]:
+        """The histories of task ``number``, some at a time; ``counts`` gets the samples of each split."""
         events, own = tasks_of.read_with_past(self.log, self.tasks[number], self.config.candidates, COLUMNS)
         similarity = self.shared.open()
         pieces = with_state(events, own, self.state, self.keep) if self.state else [(events, own)]
-        found = pa.concat_tables(histories(*piece, similarity, self.config, self.min_history) for piece in pieces)
-        if found.num_rows == 0:
-            return
-        batch = entry_batch([write_arrow_part(self.out, "histories/", number, found, ROWS_PER_BATCH)])
-        for split in SPLITS:
-            rows = pc.sum(pc.equal(found["split"], split).cast(pa.int64())).as_py()
-            batch = batch.append_column(split, pa.array([rows], pa.int64()))
-        yield batch
+        for piece in pieces:
+            for table in histories(*piece, similarity, self.config, self.min_history):
+                for split in SPLITS:
+                    counts[split] += pc.sum(pc.equal(table["split"], split).cast(pa.int64())).as_py()
+                yield table
 
 
 JOB = Job(

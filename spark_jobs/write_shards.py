@@ -68,7 +68,7 @@ def run(spark: "SparkSession", config: ShardsConfig, inputs: Inputs, out: Folder
     events, past = inputs.manifests["events"], inputs.manifests["histories"]
     entries, folder = past.select("histories/"), inputs.folders["histories"]
     shape = shards.Shape(len(events.facts["user_fields"]), past.facts["long"], past.facts["short"])
-    old = _there(spark, config, events, out, shape) if config.add else []
+    old = _there(spark, config, inputs, out, shape) if config.add else []
     by_days = "days" in events.facts
     crm, text, limits = _counts(spark, config, past, folder, by_days)
     layout = shards.Layout(config.seed, by_days, _files(crm, config), _files(text, config), limits, config.apart)
@@ -89,28 +89,31 @@ def run(spark: "SparkSession", config: ShardsConfig, inputs: Inputs, out: Folder
     return Output(files, facts)
 
 
-def _there(
-    spark: "SparkSession", config: ShardsConfig, events: Manifest, out: Folder, shape: "Shape"
-) -> list[FileEntry]:
+def _there(spark: "SparkSession", config: ShardsConfig, inputs: Inputs, out: Folder, shape: "Shape") -> list[FileEntry]:
     """The files of the days that are in ``out`` already, without the users who are to be forgotten.
 
     Raises:
-        ContractError: they were written with other settings, or for other days before these.
+        ContractError: they were written or retrieved with other settings, or for other days before these.
     """
     from spark_jobs.parts import ENTRY, collect_entries, each_part
     from spark_jobs.transforms.shards import without
 
     if not out.exists(MANIFEST):
         return []
-    there = read_manifest(out, SHARDS)
+    events, there = inputs.manifests["events"], read_manifest(out, SHARDS)
     known = there.parents["events"]
-    if known not in (*events.facts["ancestors"], events.content_digest):
+    if known not in (*events.facts["ancestors"][-1:], events.content_digest):
         raise ContractError(
             f"{out.uri!r} ends with the days of events {known[:12]}…, which these do not go on from. Add the days in "
             "between first, or write to another folder."
         )
     if there.config_digest != digest(config):
         raise ContractError(f"{out.uri!r} was written with other settings; use those, or write to another folder.")
+    if there.facts.get("retrieval") != inputs.manifests["histories"].config_digest:
+        raise ContractError(
+            f"{out.uri!r} holds histories that were retrieved with other settings, or by an earlier release. Run "
+            "retrieve_history with the settings of the days before, or write all days to another folder."
+        )
     gone = sorted(set(events.facts["forgotten"]) - set(there.facts["forgotten"]))
     if not gone:
         return list(there.files)
@@ -157,6 +160,8 @@ def _facts(events: Manifest, past: Manifest, files: Sequence[FileEntry]) -> dict
         kind: {split: _rows(files, f"{kind}/split={split}/") for split in schema.SPLITS} for kind in ("crm", "text")
     }
     facts = {name: events.facts[name] for name in (*COPIED, "forgotten") if name in events.facts}
+    if "days" in events.facts:
+        facts["retrieval"] = past.config_digest
     return {**facts, **{name: past.facts[name] for name in ("long", "short", "strategy")}, **rows}
 
 

@@ -76,8 +76,7 @@ class Manifest:
 
 def digest(value: Any) -> str:
     """SHA-256 of a value's canonical JSON; dataclasses count as the mapping of their fields."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=_plain)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -163,10 +162,12 @@ def add_file(folder: Folder, path: str, content: bytes, row_groups: Iterable[int
     return file_entry(path, content, row_groups)
 
 
-def add_digested(folder: Folder, name: str, content: bytes) -> FileEntry:
+def add_digested(folder: Folder, name: str, content: bytes, row_groups: Iterable[int] = ()) -> FileEntry:
     """Write ``stem.suffix`` as ``stem-{digest}.suffix``, so that no file of an older manifest is overwritten."""
-    stem, dot, suffix = name.rpartition(".")
-    return add_file(folder, f"{stem}-{file_entry('', content).sha256[:12]}{dot}{suffix}", content)
+    plain, (stem, dot, suffix) = file_entry(name, content, row_groups), name.rpartition(".")
+    entry = dataclasses.replace(plain, path=f"{stem}-{plain.sha256[:12]}{dot}{suffix}")
+    folder.write(entry.path, content)
+    return entry
 
 
 def digested(folder: Folder, manifest: Manifest, name: str) -> FileEntry:

@@ -6,13 +6,16 @@ read 6 times as fast, and take 1.5 times the space (docs/results).
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reclora_dist.contract.manifest import FileEntry, add_file, file_entry, verified
+from reclora_dist.contract.manifest import FileEntry, add_digested, verified
 from reclora_dist.contract.storage import Folder
+
+_BEHIND = 64
+"""Arrow fills the padding of a buffer, 63 bytes at most, with the values that follow: they lie in so many rows."""
 
 
 def write_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_per_group: int) -> FileEntry:
@@ -23,19 +26,43 @@ def write_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_pe
     return _add(folder, f"{prefix}part-{index:05d}", "parquet", sink, table.num_rows, rows_per_group)
 
 
-def write_arrow_part(folder: Folder, prefix: str, index: int, table: pa.Table, rows_per_batch: int) -> FileEntry:
-    """Write ``table`` as ``{prefix}part-{index}-{digest}.arrow`` (LZ4, record batches of ``rows_per_batch``)."""
+def write_arrow_part(
+    folder: Folder, prefix: str, index: int, tables: Iterable[pa.Table], rows_per_batch: int
+) -> FileEntry:
+    """Write the rows of ``tables`` as ``{prefix}part-{index}-{digest}.arrow`` (LZ4, record batches of
+    ``rows_per_batch``).
+
+    It holds one table and what is written of the others. The file follows from the rows, however they are divided; the
+    first table, which must be there, has the schema of all.
+    """
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
-        writer.write_table(table.combine_chunks(), rows_per_batch)
-    return _add(folder, f"{prefix}part-{index:05d}", "arrow", sink, table.num_rows, rows_per_batch)
+    pieces, rows = _regrouped(tables, rows_per_batch), 0
+    first = next(pieces)
+    with pa.ipc.new_file(sink, first.schema, options=options) as writer:
+        for piece in chain([first], pieces):
+            writer.write_table(piece)
+            rows += piece.num_rows
+    return _add(folder, f"{prefix}part-{index:05d}", "arrow", sink, rows, rows_per_batch)
+
+
+def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of ``rows`` and a last one, of one chunk each, those that follow behind them in it."""
+    rest: pa.Table | None = None
+    for table in tables:
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while rest.num_rows >= rows + _BEHIND:
+            yield rest.slice(0, rows + _BEHIND).combine_chunks().slice(0, rows)
+            rest = rest.slice(rows)
+    if rest is not None:
+        last = rest.combine_chunks()
+        yield from (last.slice(start, rows) for start in range(0, max(last.num_rows, 1), rows))
 
 
 def _add(folder: Folder, stem: str, suffix: str, sink: pa.BufferOutputStream, rows: int, step: int) -> FileEntry:
     content = sink.getvalue().to_pybytes()
     groups = [min(step, rows - start) for start in range(0, rows, step)]
-    return add_file(folder, f"{stem}-{file_entry('', content).sha256[:12]}.{suffix}", content, groups)
+    return add_digested(folder, f"{stem}.{suffix}", content, groups)
 
 
 def _of_few_values(schema: pa.Schema) -> Iterator[str]:

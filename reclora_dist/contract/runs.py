@@ -1,16 +1,17 @@
 """Sorted runs: tables in order of an int64 key, of which a few rows are found without reading the others.
 
-A run lies in uncompressed Arrow files of one record batch each. Where the folder is local they are memory-mapped, and
-a search touches a few pages; elsewhere the files that may hold a key are read whole. A newer run hides the rows of an
+A run lies in uncompressed Arrow files of one record batch each, whose names tell their first keys. Where the folder is
+local they are memory-mapped, and a search touches a few pages; elsewhere the files that may hold a key are read whole,
+and no others. A newer run hides the rows of an
 older one with equal keys, so what is known of a key grows by small new runs; ``absorbed`` says which older ones are to
 be merged with a new one, such that every row is written again only a logarithmic number of times (size-tiered
 compaction).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -18,23 +19,31 @@ import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from reclora_dist.contract.manifest import ContractError, FileEntry, add_file, file_entry
+from reclora_dist.contract.manifest import ContractError, FileEntry, add_digested
 from reclora_dist.contract.storage import Folder
 
 MERGED_FACTOR = 2
 """An older run is absorbed if it has at most this many times the rows of what would absorb it."""
 
+_LEAST = -(2**63)
+"""The smallest key."""
 
-def write_piece(folder: Folder, prefix: str, index: int, table: pa.Table, key: str) -> FileEntry:
-    """Write the ``index``-th piece of a run, at least one row in order of ``key``, as ``{prefix}part-….arrow``."""
-    first = {"first": str(table[key][0].as_py())}
+_DIGITS = 16
+"""Hexadecimal digits of a key's distance from the smallest one: names stand in order of the keys."""
+
+
+def write_piece(folder: Folder, prefix: str, table: pa.Table, key: str) -> FileEntry:
+    """Write a piece of a run, at least one row in order of ``key``, as ``{prefix}part-{first key}-{digest}.arrow``.
+
+    Pieces of a run have no key in common.
+    """
     batch = pa.Table.combine_chunks(table).to_batches(max_chunksize=table.num_rows)[0]
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema.with_metadata(first)) as writer:
-        writer.write_batch(batch.replace_schema_metadata(first))
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
     content = sink.getvalue().to_pybytes()
-    name = f"{prefix}part-{index:08d}-{file_entry('', content).sha256[:12]}.arrow"
-    return add_file(folder, name, content, [table.num_rows])
+    first = table[key][0].as_py() - _LEAST
+    return add_digested(folder, f"{prefix}part-{first:0{_DIGITS}x}.arrow", content, [table.num_rows])
 
 
 class Run:
@@ -56,7 +65,13 @@ class Run:
     @cached_property
     def firsts(self) -> NDArray[np.int64]:
         """The first key of every piece."""
-        return np.array([int(self._piece(i).schema.metadata[b"first"]) for i in range(len(self.entries))], np.int64)
+        return np.array([self._first(index) for index in range(len(self.entries))], np.int64)
+
+    def _first(self, index: int) -> int:
+        told = self.entries[index].path.rpartition("part-")[2].partition("-")[0]
+        if len(told) == _DIGITS:
+            return int(told, 16) + _LEAST
+        return int(self._piece(index)[self.key][0].as_py())  # written before names told it
 
     def _piece(self, index: int) -> pa.RecordBatch:
         if index not in self._open:
@@ -153,6 +168,28 @@ def absorbed(rows: int, older: Sequence[int]) -> int:
         rows += older[count]
         count += 1
     return count
+
+
+def ranges(runs: Sequence[Run], size: int) -> list[tuple[int, int | None]]:
+    """All keys in ranges, first key and end (None: no end), to be merged one by one.
+
+    The pieces that start in a range have about ``size`` bytes together, or are one; of every run one more may reach in.
+    """
+    firsts = np.concatenate([run.firsts for run in runs])
+    order = np.argsort(firsts, kind="stable")
+    sizes = np.array([entry.bytes for run in runs for entry in run.entries])
+    group = np.cumsum(sizes[order]) // size
+    cuts = np.unique(firsts[order][1:][np.diff(group) > 0]).tolist()
+    return list(pairwise([_LEAST, *cuts, None]))
+
+
+def pieces(table: pa.Table, key: str, sizes: NDArray[np.int64], size: int) -> Iterator[pa.Table]:
+    """Rows in order of ``key`` in tables whose ``sizes`` are about ``size`` together; equal keys are not parted."""
+    keys = table[key].to_numpy()
+    group = (np.cumsum(sizes) // size)[np.searchsorted(keys, keys)]
+    cuts = [*np.flatnonzero(np.diff(group, prepend=-1)).tolist(), len(keys)]
+    for start, stop in pairwise(cuts):
+        yield table.slice(start, stop - start)
 
 
 def merged(runs: Sequence[Run], low: int, high: int | None, unique: bool, without: NDArray[np.int64]) -> pa.Table:

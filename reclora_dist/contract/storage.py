@@ -18,6 +18,9 @@ T = TypeVar("T")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 """How long storage that failed is left alone before it is tried again: twice as long each time, up to a bound."""
 
+WRITTEN_IN_PLACE = ("hdfs",)
+"""Remote file systems that show a file while it is written, and can rename it."""
+
 
 class StorageFullError(ValueError):
     """A file could not be written because its disk, or its owner's share of it, is full; the old one is whole."""
@@ -77,6 +80,8 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Write ``name`` so that a reader sees the old file or the new one, never half of one.
 
+        HDFS cannot replace a file: for a moment there is none, if there was one.
+
         Raises:
             StorageFullError: there is no room for it.
         """
@@ -91,16 +96,23 @@ class Folder:
             ) from error
 
     def _publish(self, target: str, content: bytes) -> None:
-        self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
-        if not isinstance(self.fs, LocalFileSystem):
-            self.fs.pipe_file(target, content)  # object stores publish an object when it is complete
+        fs = self.fs
+        fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        local = isinstance(fs, LocalFileSystem)
+        if not local and fs.protocol not in WRITTEN_IN_PLACE:
+            fs.pipe_file(target, content)  # object stores publish an object when it is complete
             return
         partial = f"{target}.{uuid.uuid4().hex[:8]}.partial"
         try:
-            _write_synced(partial, content)
-            os.replace(partial, target)
+            if local:
+                _write_synced(partial, content)
+                os.replace(partial, target)
+            else:
+                fs.pipe_file(partial, content)
+                fs.mv(partial, target)
         except OSError:
-            Path(partial).unlink(missing_ok=True)  # what is left of it would keep a full disk full
+            if fs.exists(partial):
+                fs.rm_file(partial)  # what is left of it would keep a full disk full
             raise
 
     def files(self, name: str = "") -> list[str]:

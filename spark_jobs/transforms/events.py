@@ -99,7 +99,8 @@ def build(
     if not by_days:
         return Output(files, facts)
     profiles = Profiles(out, users_written, first_users, len(user_rows.values))
-    kept = keep(spark, config, out, events_written, profiles, users.fresh(), before, forgotten(spark, privacy, before))
+    gone = forgotten(spark, privacy, before)
+    kept = keep(spark, config, out, events_written, profiles, users.fresh(), before, privacy, gone)
     return Output([*files, *kept.files], {**facts, **kept.facts})
 
 

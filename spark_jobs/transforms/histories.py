@@ -15,6 +15,9 @@ from spark_jobs.transforms.user_states import few, past_of
 
 Log = dict[str, NDArray[Any]]
 
+LISTED_AT_ONCE = 1 << 22
+"""Entries of histories that are retrieved together, padding included: some 100 MB."""
+
 _LOG = ("user", "item", "time", "level")
 
 
@@ -24,8 +27,10 @@ def histories(
     similarity: Similarity | None,
     config: RetrievalConfig,
     min_history: int,
-) -> pa.Table:
+) -> Iterator[pa.Table]:
     """The samples among the events, with their long and short histories, in the schema ``histories``.
+
+    They come in order, fewer at a time the longer the histories are.
 
     Args:
         events: sorted by user and order (schema ``events``); of a user's events the newest ``config.candidates``
@@ -39,12 +44,18 @@ def histories(
     places = log["sample_id"] & 0xFFFFFFFF
     starts, stops = before(log["user"], log["time"])
     samples = np.flatnonzero((places[stops] >= min_history) & own)
-    past = Past(log["item"], places, starts[samples], stops[samples], config.candidates)
-    found = retrieve(similarity, past, log["item"][samples], (config.long, config.short), config.block)
-    target = schema.histories(config.long, config.short)
-    taken = events.take(pa.array(samples)).combine_chunks()
-    columns = [taken[name] for name in target.names if name in events.column_names]
-    for list_of in (_statistics(taken), *(_history(log, index) for index in found)):
+    lengths = config.long, config.short
+    step = max(1, LISTED_AT_ONCE // sum(lengths))
+    for some in (samples[start : start + step] for start in range(0, len(samples), step)):
+        past = Past(log["item"], places, starts[some], stops[some], config.candidates)
+        found = retrieve(similarity, past, log["item"][some], lengths, config.block)
+        yield _table(events.take(pa.array(some)).combine_chunks(), log, found, schema.histories(*lengths))
+        del found  # not beside the next ones
+
+
+def _table(samples: pa.Table, log: Log, found: Sequence[NDArray[np.int32]], target: pa.Schema) -> pa.Table:
+    columns = [samples[name] for name in target.names if name in samples.column_names]
+    for list_of in (_statistics(samples), *(_history(log, index) for index in found)):
         columns += list_of
     return pa.Table.from_arrays(columns, schema=target)
 

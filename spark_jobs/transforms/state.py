@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -13,7 +15,7 @@ from reclora_dist.config.schema import EventsConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import FileEntry
 from reclora_dist.contract.parts import Rows
-from reclora_dist.contract.runs import Run, absorbed, find, merged, take, write_piece
+from reclora_dist.contract.runs import Run, absorbed, find, merged, pieces, ranges, take, write_piece
 from reclora_dist.contract.storage import Folder
 from spark_jobs.days import RUNS, Before, lasting, named
 from spark_jobs.parts import ENTRY, by_part, collect_entries, each_part, entry_batch
@@ -21,21 +23,21 @@ from spark_jobs.privacy import Privacy
 from spark_jobs.stage import Output
 from spark_jobs.transforms.private import deleted_ids
 from spark_jobs.transforms.profiles import Profiles
-from spark_jobs.transforms.user_states import few, states, whole_users
+from spark_jobs.transforms.user_states import EVENTS_AT_ONCE, few, states, whole_users
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-PIECES_PER_PART = 10_000
-"""Pieces that the states of one part of events may take, at most: a part has a million events."""
-
 ROWS_PER_PIECE = 250_000
 """Rows of a piece of the vocabulary, about."""
+
+BYTES_AT_ONCE = 1 << 26
+"""Of files that are merged in one task, about."""
 
 
 def keep(
     spark: "SparkSession", config: EventsConfig, out: Folder, events: Sequence[FileEntry], profiles: Profiles,
-    users: DataFrame, before: Before | None, gone: Sequence[int],
+    users: DataFrame, before: Before | None, privacy: Privacy, gone: Sequence[int],
 ) -> Output:  # fmt: skip
     """Write what the next day needs to know.
 
@@ -44,6 +46,7 @@ def keep(
         profiles: fields of this build's users.
         users: its new users, with user_id and user.
         before: what the days before left.
+        privacy: with the key of this build's user ids.
         gone: users of whom nothing may be kept.
 
     Returns:
@@ -65,7 +68,7 @@ def keep(
     facts = {
         "days": [before.facts["days"][0] if before else config.source.days[0], config.source.days[1]],
         "added": list(config.source.days),
-        "lasting": lasting(config),
+        "lasting": lasting(config, privacy),
         "keep": config.keep,
         "previous": named(before.folder, out) if before else None,
         "ancestors": [*before.facts["ancestors"], before.manifest.content_digest] if before else [],
@@ -95,15 +98,23 @@ def _merged(
 ) -> list[FileEntry]:
     """Write several runs, newest first, as one."""
     runs = [run for run in runs if len(run)]
-    cuts = max(runs, key=len).firsts.tolist()[1:] if runs else []
-    ranges = list(zip([-(2**63), *cuts], [*cuts, None], strict=True)) if runs else []
+    spans = ranges(runs, BYTES_AT_ONCE) if runs else []
     without = np.array(gone, np.int64)
 
     def merge(index: int) -> Iterator[pa.RecordBatch]:
-        rows = merged(runs, *ranges[index], table == "state", without)
-        yield entry_batch([write_piece(out, f"{table}/", index, rows, RUNS[table])] if rows.num_rows else [])
+        rows, key = merged(runs, *spans[index], table == "state", without), RUNS[table]
+        found = pieces(rows, key, _sizes(rows), EVENTS_AT_ONCE)
+        yield entry_batch([write_piece(out, f"{table}/", piece, key) for piece in found])
 
-    return collect_entries(each_part(spark, len(ranges), merge, ENTRY))
+    return collect_entries(each_part(spark, len(spans), merge, ENTRY))
+
+
+def _sizes(rows: pa.Table) -> NDArray[np.int64]:
+    """What each row counts of the EVENTS_AT_ONCE that a piece may have: a state its events, others all the same."""
+    if "items" not in rows.column_names:
+        return np.full(rows.num_rows, EVENTS_AT_ONCE // ROWS_PER_PIECE)
+    counts: NDArray[np.int64] = pc.list_value_length(rows["items"]).to_numpy() + 1
+    return counts
 
 
 def _write_vocabulary(users: DataFrame, out: Folder) -> list[FileEntry]:
@@ -115,9 +126,9 @@ def _write_vocabulary(users: DataFrame, out: Folder) -> list[FileEntry]:
     spread = keyed.repartitionById(2 << bits, "part").sortWithinPartitions("part", "key", "user_id")
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for index, table in by_part(batches):
+        for _, table in by_part(batches):
             whole = table.select(schema.vocabulary.names).cast(schema.vocabulary)
-            yield entry_batch([write_piece(out, "vocabulary/", index, whole, "key")])
+            yield entry_batch([write_piece(out, "vocabulary/", whole, "key")])
 
     return collect_entries(spread.mapInArrow(write, ENTRY))
 
@@ -130,8 +141,8 @@ def _states(
     if log is None:
         return
     users = np.unique(log["user"])
-    for number, some in enumerate(few(users, older, limit)):
+    for some in few(users, older, limit):
         first, last = users[some][[0, -1]]
         rows = slice(np.searchsorted(log["user"], first), np.searchsorted(log["user"], last, "right"))
         table = states({name: values[rows] for name, values in log.items()}, profiles, limit, older)
-        yield entry_batch([write_piece(out, "state/", part * PIECES_PER_PART + number, table, "user")])
+        yield entry_batch([write_piece(out, "state/", table, "user")])

@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
 
 from reclora_dist.contract.manifest import (
     MANIFEST,
@@ -232,6 +234,33 @@ def test_the_contract_holds_on_another_file_system():
     assert old.content_digest != read_manifest(folder, THINGS).content_digest
     with pytest.raises(ValueError, match="is not a local folder"):
         folder.local()
+
+
+class Interrupted(ArrowFSWrapper):
+    """HDFS as a local folder, where a file is written in place and ``error`` comes half-way."""
+
+    protocol, cachable, error = "hdfs", False, None
+
+    def __init__(self, **_):
+        super().__init__(fs=LocalFileSystem())
+
+    def pipe_file(self, path, value, **more):
+        super().pipe_file(path, value[: len(value) // 2] if self.error else value, **more)
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError("datanode lost"), SystemExit("killed")])
+def test_a_write_that_is_interrupted_on_hdfs_leaves_the_old_file(folder, monkeypatch, error):
+    monkeypatch.setattr(Folder, "fs", Interrupted())
+    old = published(folder, b"one")
+    new = published(folder, b"two")
+    assert folder.files() == sorted([MANIFEST, new.files[0].path])
+    monkeypatch.setattr(Interrupted, "error", error)
+    with pytest.raises(type(error)):
+        folder.write(MANIFEST, b"{}" * 99)
+    assert old.content_digest != read_manifest(folder, THINGS).content_digest == new.content_digest
+    assert len(folder.files()) == 2 + isinstance(error, SystemExit)
 
 
 def test_an_absolute_folder_is_the_same_from_another_working_directory(tmp_path, monkeypatch):

@@ -59,16 +59,27 @@ def test_a_flipped_byte_in_a_shard_is_refused_before_it_is_parsed(folder):
 
 def test_an_arrow_part_gives_back_its_rows_and_columns(folder):
     lists = pa.FixedSizeListArray.from_arrays(pa.array(range(100), pa.int32()), 2)
-    whole = pa.table({"user": pa.array(range(50), pa.int32()), "long_items": lists, "split": pa.array(["train"] * 50)})
-    entry = write_arrow_part(folder, "histories/", 0, whole, 20)
+    levels, splits = pa.array(range(50), pa.int8()), pa.array(["train"] * 50)
+    whole = pa.table({"user": pa.array(range(50), pa.int32()), "level": levels, "long_items": lists, "split": splits})
+    entry = write_arrow_part(folder, "histories/", 0, [whole], 20)
     assert entry.row_groups == (20, 20, 10)
     assert read_part(folder, entry).equals(whole)
     assert read_part(folder, entry, ["split", "user"]).equals(whole.select(["split", "user"]))
-    assert write_arrow_part(folder, "histories/", 0, pa.concat_tables([whole.slice(0, 7), whole.slice(7)]), 20) == entry
+    chunked = pa.concat_tables([whole.slice(0, 7), whole.slice(7)])
+    assert write_arrow_part(folder, "histories/", 0, [chunked], 20) == entry
+
+
+def test_an_arrow_part_follows_from_its_rows_however_they_come(folder):
+    columns = {"label": pa.array(range(100), pa.int8()), "split": pa.array(["train", "test"] * 50)}
+    whole = pa.table({name: pa.concat_arrays([column] * 5) for name, column in columns.items()})
+    entry = write_arrow_part(folder, "histories/", 0, [whole], 130)
+    for step in (1, 7, 130, 194, 499):
+        some = [whole.slice(start, step) for start in range(0, 500, step)]
+        assert write_arrow_part(folder, "histories/", 0, some, 130) == entry
 
 
 def test_a_damaged_arrow_part_is_refused(folder):
-    entry = write_arrow_part(folder, "", 0, table(0, 1000), 100)
+    entry = write_arrow_part(folder, "", 0, [table(0, 1000)], 100)
     folder.write(entry.path, folder.read(entry.path)[:-1])
     with pytest.raises(ContractError, match="Rebuild the dataset or restore the file"):
         read_part(folder, entry)

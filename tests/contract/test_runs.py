@@ -1,6 +1,8 @@
 """Sorted runs: a few rows found among many, the newest first, and merged without losing any."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclora_dist.contract.manifest import ContractError
-from reclora_dist.contract.runs import Run, absorbed, find, merged, take, write_piece
+from reclora_dist.contract.manifest import ContractError, FileEntry
+from reclora_dist.contract.runs import Run, absorbed, find, merged, pieces, ranges, take, write_piece
 from reclora_dist.contract.storage import Folder
 
 Rows = dict[int, int]
@@ -18,12 +20,12 @@ rows_strategy = st.dictionaries(st.integers(-(2**63), 2**63 - 1) | st.integers(-
 NONE = np.zeros(0, np.int64)
 
 
-def run_of(folder: Path, rows: Rows, piece: int = 7) -> Run:
+def run_of(folder: Path | str, rows: Rows, piece: int = 7) -> Run:
     """A run of (key, user) in pieces of a few rows."""
     target, pairs = Folder(str(folder)), sorted(rows.items())
     pieces = [pairs[start : start + piece] for start in range(0, len(pairs), piece)]
     tables = [pa.table({"key": [k for k, _ in part], "user": [u for _, u in part]}) for part in pieces]
-    return Run(target, [write_piece(target, "run/", i, table, "key") for i, table in enumerate(tables)], "key")
+    return Run(target, [write_piece(target, "run/", table, "key") for table in tables], "key")
 
 
 @settings(deadline=None)
@@ -61,7 +63,7 @@ def test_merged_runs_are_one(
 def test_ids_of_one_hash_are_told_apart(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     table = pa.table({"key": [3, 5, 5, 5, 8], "user_id": ["a", "b", "c", "d", "e"], "user": [1, 2, 3, 4, 5]})
-    runs = [Run(folder, [write_piece(folder, "run/", 0, table, "key")], "key")]
+    runs = [Run(folder, [write_piece(folder, "run/", table, "key")], "key")]
     keys = np.array([5, 5, 5, 8, 9, 5], np.int64)
     ids = pa.array(["d", "x", "b", "e", "e", "c"])
     places, rows = take(runs, find(runs, keys, ids, "user_id"))
@@ -79,9 +81,55 @@ def test_equal_runs_are_absorbed_and_much_larger_ones_are_left() -> None:
         assert len(runs) <= 12
 
 
+def test_on_object_stores_no_piece_is_read_but_those_that_may_hold_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("memory://runs/of-many-pieces", {key: key for key in range(700)})
+    assert len(run.entries) == 100
+    read: list[str] = []
+    whole = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda folder, name: read.append(name) or whole(folder, name))
+    found = find([copy.copy(run)], np.array([350]))
+    assert found.row.tolist() == [350]
+    assert 1 <= len(read) <= 2
+
+
+def test_pieces_whose_names_tell_no_first_key_are_read(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {key: key for key in range(-30, 30)})
+    renamed = []
+    for number, entry in enumerate(run.entries):
+        renamed.append(replace(entry, path=f"run/part-{number:08d}-{entry.sha256[:12]}.arrow"))
+        (tmp_path / entry.path).rename(tmp_path / renamed[-1].path)
+    assert Run(run.folder, renamed, "key").firsts.tolist() == run.firsts.tolist() == [*range(-30, 30, 7)]
+
+
+def test_pieces_stay_small_and_few_when_all_new_keys_are_the_largest(tmp_path: Path) -> None:
+    folder, rng, runs, total = Folder(str(tmp_path)), np.random.default_rng(0), [], 2_000
+    for day in range(40):
+        new = np.arange(total, total := total + 200) if day else np.arange(total)
+        keys = np.union1d(new, rng.integers(0, total, 200))
+        run = run_of(tmp_path / str(day), dict.fromkeys(keys.tolist(), day), 50)
+        due = absorbed(len(run), [len(older) for older in runs])
+        merging, entries = [run, *runs[:due]], list[FileEntry]()
+        for span in ranges(merging, 4_000):
+            rows = merged(merging, *span, True, NONE)
+            assert rows.num_rows < 500
+            sizes = np.ones(rows.num_rows, np.int64)
+            entries += [write_piece(folder, f"{day}/", piece, "key") for piece in pieces(rows, "key", sizes, 100)]
+        runs = [Run(folder, entries, "key"), *runs[due:]]
+        assert entries == sorted(entries, key=lambda entry: entry.path)
+        assert max(entry.rows for entry in entries) <= 100
+        assert len(entries) < 10 + 3 * len(runs[0]) / 100
+    assert merged(runs, -(2**63), None, True, NONE)["key"].to_pylist() == [*range(total)]
+
+
+def test_equal_keys_stay_in_one_piece() -> None:
+    table = pa.table({"key": [1, 2, 2, 2, 3, 4]})
+    found = pieces(table, "key", np.ones(6, np.int64), 2)
+    assert [piece["key"].to_pylist() for piece in found] == [[1], [2, 2, 2], [3], [4]]
+
+
 def test_a_lost_or_shortened_piece_is_named(tmp_path: Path) -> None:
     run = run_of(tmp_path, {key: key for key in range(20)})
     path = tmp_path / run.entries[1].path
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ContractError, match="part-00000001"):
+    with pytest.raises(ContractError, match=run.entries[1].path):
         run.take(np.array([8]))

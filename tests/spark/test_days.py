@@ -19,6 +19,7 @@ from reclora_dist.contract.storage import Folder
 from reclora_dist.data.features import FeatureStore
 from reclora_dist.retrieval import on_grid
 from spark_jobs.days import midnight, previous_of
+from spark_jobs.privacy import KEY_VARIABLE
 
 Runner = Callable[..., Manifest]
 Event = tuple[str, str, int, int]
@@ -226,6 +227,38 @@ def test_settings_that_differ_from_the_days_before_are_refused(
     with pytest.raises(ValueError, match="candidates = 10"):
         histories = {"events": daily / "events" / DAYS[1], "vectors": daily / "vectors" / DAYS[1]}
         run("retrieve_history", tmp_path, "candidates=10", **histories)
+
+
+def test_shards_of_a_day_between_cannot_be_left_out(run: Runner, daily: Path, tmp_path: Path) -> None:
+    first, third = ({kind: daily / kind / day for kind in ("events", "histories")} for day in (DAYS[0], DAYS[2]))
+    run("write_shards", tmp_path / "shards", *SHARDING, **first)
+    with pytest.raises(ContractError, match="Add the days in between"):
+        run("write_shards", tmp_path / "shards", *SHARDING, **third)
+
+
+def test_histories_of_all_days_are_retrieved_with_the_same_settings(run: Runner, daily: Path, tmp_path: Path) -> None:
+    first, second = ({kind: daily / kind / day for kind in ("events", "histories")} for day in DAYS[:2])
+    run("write_shards", tmp_path / "shards", *SHARDING, **first)
+    others = {**second, "histories": tmp_path / "histories"}
+    run("retrieve_history", others["histories"], "long=7", *RETRIEVAL[1:], "strategy=recent", events=second["events"])
+    with pytest.raises(ContractError, match="retrieved with other settings"):
+        run("write_shards", tmp_path / "shards", *SHARDING, **others)
+
+
+def test_the_key_of_user_ids_stays_from_day_to_day(
+    run: Runner, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(day: int, **inputs: Path) -> None:
+        settings = (*SETTINGS, f'source.days=["{DAYS[day]}","{DAYS[day]}"]', "privacy.hash_users=true")
+        run("build_events", tmp_path / DAYS[day], *settings, raw=raw, **inputs)
+
+    monkeypatch.setenv(KEY_VARIABLE, "the key of the first day")
+    add(0)
+    monkeypatch.setenv(KEY_VARIABLE, "another key of some length")
+    with pytest.raises(ValueError, match=r"privacy\.hash_users and its key"):
+        add(1, previous=tmp_path / DAYS[0])
+    monkeypatch.setenv(KEY_VARIABLE, "the key of the first day")
+    add(1, previous=tmp_path / DAYS[0])
 
 
 def test_days_that_were_built_anew_are_not_taken_for_the_old_ones(daily: Path, tmp_path: Path) -> None:

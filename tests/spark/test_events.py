@@ -4,11 +4,15 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
+from pyspark.sql import SparkSession
 
 from reclora_dist.contract import schema
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.transforms import settle
+from spark_jobs.transforms.core import k_core
 
 
 def core_by_hand(log: list[tuple], k: int) -> list[tuple]:
@@ -47,6 +51,21 @@ def test_core_positions_and_order(run, rows, csv, tmp_path: Path) -> None:
         assert event["level"] == event["rating"] and event["label"] == (event["rating"] >= 4)
         seen[event["user"]] += 1
     assert made.facts["counts"]["k_core"] == made.facts["counts"]["events"] == len(left)
+
+
+def test_a_core_on_a_cluster_keeps_one_round(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain that hangs on a circle loses an event a round."""
+    monkeypatch.setattr(settle, "is_local", lambda _: False)
+    circle, kept = [("u0", "i0"), ("u0", "i1"), ("u1", "i0"), ("u1", "i1")], {}
+    for rounds in (2, 5):
+        chain = [(f"u{(n + 1) // 2 * 7}", f"i{n // 2 * 7}") for n in range(1, rounds + 1)]
+        log, turns = spark.createDataFrame([*circle, *chain], ["user_id", "item_id"]), []
+        left = k_core(log, 2, lambda turn, rows, turns=turns: turns.append((turn, rows)))
+        assert turns == [(turn, 4 + rounds - turn) for turn in range(1, rounds + 1)]
+        assert sorted(map(tuple, left.collect())) == circle
+        kept[rounds] = len(spark.sparkContext._jsc.getPersistentRDDs())
+        left.unpersist(blocking=True)
+    assert kept[5] == kept[2]
 
 
 def test_tables_have_the_schemas_of_the_contract(finished) -> None:

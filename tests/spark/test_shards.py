@@ -16,8 +16,9 @@ from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.parts import Rows, read_parts, write_part
 from reclora_dist.contract.schema import EVENTS, HISTORIES, SHARDS
 from reclora_dist.contract.storage import Folder
-from reclora_dist.retrieval import similarity
+from reclora_dist.retrieval import Similarity, similarity
 from spark_jobs.retrieve_history import COLUMNS
+from spark_jobs.transforms import histories as module
 from spark_jobs.transforms import shards
 from spark_jobs.transforms.histories import histories
 from spark_jobs.transforms.tasks import Task, read_with_past
@@ -39,6 +40,27 @@ events_strategy = st.lists(
 )
 
 
+def retrieved(
+    events: pa.Table, own: np.ndarray, compared: Similarity | None, config: RetrievalConfig, min_history: int
+) -> pa.Table:
+    """The histories of all samples in one table, which may be empty."""
+    none = schema.histories(config.long, config.short).empty_table()
+    return pa.concat_tables([none, *histories(events, own, compared, config, min_history)])
+
+
+@pytest.mark.parametrize("strategy", ["semantic", "recent"])
+def test_histories_are_retrieved_in_tables_of_bounded_size(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = part_of([(user, time, 1 + (user * time) % 6) for user in range(1, 9) for time in range(30)])
+    own = np.ones(events.num_rows, bool)
+    config = RetrievalConfig(strategy=strategy, long=1000, short=10)
+    compared = similarity(config, np.eye(7, 3, dtype=np.float32), None)
+    whole = retrieved(events, own, compared, config, 3)
+    monkeypatch.setattr(module, "LISTED_AT_ONCE", 50_000)
+    some = list(histories(events, own, compared, config, 3))
+    assert max(table.num_rows for table in some) == 50_000 // 1010
+    assert pa.concat_tables(some).equals(whole)
+
+
 @settings(deadline=None)
 @given(events_strategy, st.sampled_from(["semantic", "recent"]), st.integers(1, 4))
 def test_no_history_holds_an_event_at_or_after_its_sample(log: list, strategy: str, min_history: int) -> None:
@@ -46,7 +68,7 @@ def test_no_history_holds_an_event_at_or_after_its_sample(log: list, strategy: s
     vectors = np.eye(7, 3, dtype=np.float32)
     config = RetrievalConfig(strategy=strategy, long=5, short=2, block=3)
     own = np.ones(events.num_rows, bool)
-    made = histories(events, own, similarity(config, vectors, None), config, min_history)
+    made = retrieved(events, own, similarity(config, vectors, None), config, min_history)
     assert made.schema.equals(schema.histories(5, 2))
     by_user = {u: [e for e in events.to_pylist() if e["user"] == u] for u in (1, 2, 3)}
     for row in made.to_pylist():
@@ -197,13 +219,13 @@ def test_tasks_find_the_histories_of_the_whole_log_wherever_they_are_cut(
     written = [write_part(folder, "events/", n, part, 4) for n, part in enumerate(parts) if part.num_rows]
     config = RetrievalConfig(strategy=strategy, long=5, short=2, block=3, candidates=candidates)
     compared = similarity(config, np.eye(7, 3, dtype=np.float32), None)
-    whole = histories(events, np.ones(events.num_rows, bool), compared, config, 1)
+    whole = retrieved(events, np.ones(events.num_rows, bool), compared, config, 1)
     ends = sorted({cut for cut in cuts if cut < events.num_rows} | {events.num_rows})
     found = []
     for start, stop in pairwise([0, *ends]):
         rows, own = read_with_past(Rows(folder, written), Task(start, stop, 0), candidates, COLUMNS)
         assert own.sum() == stop - start
-        found.append(histories(rows, own, compared, config, 1))
+        found.append(retrieved(rows, own, compared, config, 1))
     assert pa.concat_tables(found).equals(whole)
 
 
