@@ -68,8 +68,11 @@ class DeepSpeedEngine:
         for module, name, buffer in buffers:
             # in half precision DeepSpeed casts them as well, and rounded frequencies turn positions
             setattr(module, name, buffer.to(self._engine.device))
-        self._loss = loss
-        self._stage = engine.zero_stage
+        self._loss, self._stage = loss, engine.zero_stage
+        self._is_scaled = dtype == "float16"
+        self._clip, self._norm = config.clip or float("inf"), torch.zeros(())
+        if self._stage == 0:
+            optimiser.register_step_pre_hook(self._clip_whole)
 
     @property
     def model(self) -> nn.Module:
@@ -96,8 +99,19 @@ class DeepSpeedEngine:
             sums.add(loss, share)
         before = self._engine.skipped_steps
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return StepResult(sums.mean, norm, watch.seconds, self._engine.skipped_steps > before)
+        norm = float(self._norm if self._stage == 0 else self._engine.get_global_grad_norm())
+        overflowed = self._engine.skipped_steps > before  # a gradient that is no number, in any precision
+        lowers = overflowed and self._is_scaled and self._engine.optimizer.loss_scale > 1
+        return StepResult(sums.mean, norm, watch.seconds, skipped=lowers)
+
+    def _clip_whole(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip the averaged gradients and keep their norm, which DeepSpeed does not tell without partitions.
+
+        Without gradients the optimiser moves nothing.
+        """
+        self._norm = nn.utils.clip_grad_norm_(trainable(self._engine.module).values(), self._clip)
+        if not torch.isfinite(self._norm):
+            optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> State:
         """See ``Engine.state``."""
@@ -145,7 +159,7 @@ def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str, larg
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if engine.zero_stage else 0.0,
         "zero_optimization": zero_config(engine, largest),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -37,7 +37,7 @@ class MicroBatch(NamedTuple):
 class StepResult:
     """Mean loss of this worker's samples, norm of the gradient before clipping, seconds of the forward passes.
 
-    ``skipped``: no parameter moved, because half precision overflowed; the scale of the loss was lowered.
+    ``skipped``: no parameter moved, because float16 overflowed; the scale of the loss was lowered, and is above 1.
     """
 
     loss: float

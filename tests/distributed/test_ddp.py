@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -107,6 +108,19 @@ def test_a_run_that_was_stopped_ends_like_the_undisturbed_one(results: Path, nam
     assert_close(state(results, f"{name}-resumed"), state(results, name))
     done = len(notes(results, f"{name}-resumed")["losses"])
     assert done == len(notes(results, name)["losses"]) - ddp_workers.KILL_AT, "it went on, it did not start anew"
+
+
+@pytest.mark.parametrize("rank", range(ddp_workers.WORLD))
+@pytest.mark.parametrize("name", ddp_workers.PRECISIONS)
+def test_a_batch_that_is_no_number_ends_the_training(results: Path, name: str, rank: int) -> None:
+    """In float16 it may be an overflow: the scale of the loss is lowered first, 2^16 times at most."""
+    found = notes(results, "precision", rank)[name]
+    assert 0.1 < found["norm"] < 10
+    lowered = 16 if name.endswith(" float16") else 0
+    assert found["begun"] == 2 + lowered
+    assert re.search(
+        rf"{name}: step {2 + lowered} has loss .* gradient norm (inf|nan) at learning rate", found["message"]
+    )
 
 
 def test_killed_processes_are_followed_by_new_ones(results: Path, prepared: Path, tmp_path: Path) -> None:
