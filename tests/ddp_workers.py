@@ -25,7 +25,7 @@ from reclora_dist.telemetry.names import Metric
 from reclora_dist.train import loop, stages
 from reclora_dist.train.checkpoint import CheckpointStore
 from reclora_dist.train.context import Context
-from reclora_dist.train.engine import Engine, MicroBatch, build_optimiser
+from reclora_dist.train.engine import Engine, MicroBatch, State, build_optimiser, load_parameters
 from reclora_dist.train.errors import Diverged
 from reclora_dist.train.states import ask_teacher
 
@@ -136,7 +136,7 @@ PRECISIONS = {f"zero{stage} {dtype}": (stage, dtype) for stage in (1, 2, 3) for 
 PRECISIONS |= {"zero0 float32": (0, "float32"), "zero2 float16": (2, "float16"), "zero3 float16": (3, "float16")}
 
 
-def small_engine(name: str, rank: int) -> Engine:
+def small_engine(name: str, rank: int, state: State | None = None) -> Engine:
     """DeepSpeed at the stage and in the precision of ``PRECISIONS``, over ``TwoLayers``."""
     from deepspeed.accelerator import get_accelerator
 
@@ -144,6 +144,8 @@ def small_engine(name: str, rank: int) -> Engine:
 
     get_accelerator().is_fp16_supported = lambda: True  # few processors are fast at it, all can do it
     model, train, (stage, dtype) = TwoLayers(), TrainConfig(lr=1e-2, batch_size=8), PRECISIONS[name]
+    if state is not None:
+        load_parameters(model, state)
 
     def loss(output: Tensor, batch: Rows) -> Tensor:
         return nn.functional.cross_entropy(output.float(), torch.tensor([0, 1, 2, 1]))
@@ -178,13 +180,27 @@ def end(name: str, engine: Engine, rank: int, out: Path) -> dict[str, Any]:
     return {"begun": len(begun), "message": message}
 
 
+def differing(ours: State, theirs: State) -> list[str]:
+    """Names of the tensors that are not equal."""
+    return [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+
+
 def every_precision(rank: int, out: Path) -> None:
-    """A small model in every stage and precision: with batches that are bad after three that are not."""
+    """A small model in every stage and precision: taken up again by a new engine, then with batches that are bad."""
     found: dict[str, Any] = {}
     for name in PRECISIONS:
         engine = small_engine(name, rank)
         norms = [engine.step(rows(rank, step), 1.0).gradient_norm for step in range(3)]
-        found[name] = {"norm": norms[0], **end(name, engine, rank, out / name)}
+        state = engine.state()
+        engine.step(rows(rank, 3), 1.0)
+        after = engine.state()
+        notes = {"norm": norms[0], "moved": differing(after, state)}
+        again = small_engine(name, rank, state)
+        again.restore(state, 3, rows(rank, 0, bad=True)[0])
+        notes["restored"] = differing(again.state(), state)
+        again.step(rows(rank, 3), 1.0)
+        notes["next"] = differing(again.state(), after)
+        found[name] = notes | end(name, again, rank, out / name)
     out.with_name(f"{out.name}-{rank}.json").write_text(json.dumps(found))
 
 

@@ -400,7 +400,7 @@ class EngineConfig(Section):
     """The optimiser engine of the fine-tuning."""
 
     kind: Literal["deepspeed", "torch"] = knob("deepspeed", "DeepSpeed ZeRO, or plain torch with DDP")
-    zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage; 2 while the frozen base fits one device")
+    zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage; 2 while the frozen base fits one device; 0: float32 only")
     offload_optimizer: Literal["none", "cpu", "nvme"] = knob(
         "none",
         "where the optimiser's state lives: with the model, in the host's memory (ZeRO 1 to 3), on disk (ZeRO 3)",

@@ -10,9 +10,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, distributed, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.nn import functional as F
 
 from reclora_dist.config.schema import EngineConfig, TrainConfig
 from reclora_dist.train.context import Context
@@ -127,17 +135,26 @@ class DeepSpeedEngine:
 
     def restore(self, state: Mapping[str, Tensor], steps: int, batch: MicroBatch) -> None:
         """See ``Engine.restore``."""
-        self.step([batch], scale=0.0)  # makes the moments; at learning rate 0 no parameter moves
         if self._stage == 0:
             restore_moments(self._engine.module, self._optimiser, state, steps)
             return
-        self._link_moments()
+        self._make_moments(batch)
         for name, parameter in trainable(self._engine.module).items():
+            # a new engine makes its masters of a model that it has rounded to half precision
+            _put(parameter, state[f"parameter/{name}"])
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{moment}/{name}"].to(parameter.device), moment)
+                _put(parameter, state[f"{moment}/{name}"], moment)
         for entry in self._optimiser.state.values():
             if "step" in entry:
                 entry["step"] = torch.full_like(torch.as_tensor(entry["step"]), float(steps))
+
+    def _make_moments(self, batch: MicroBatch) -> None:
+        """Take a step with gradients of zero at learning rate 0: nothing moves, and at no scale can it overflow."""
+        hooks = [parameter.register_hook(torch.zeros_like) for parameter in trainable(self._engine.module).values()]
+        self.step([batch], scale=0.0)
+        for hook in hooks:
+            hook.remove()
+        self._link_moments()
 
     def _link_moments(self) -> None:
         """ZeRO-1 and -2 link parameters to moments after the first group's first step, when other groups have none."""
@@ -200,6 +217,19 @@ def _float_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.is_floating_point()
     ]
+
+
+def _put(parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+    """Set this rank's part of a parameter's float32 master, or of a moment of it, from the whole."""
+    value, world = value.to(parameter.device), distributed.get_world_size()
+    uneven = hasattr(parameter, "ds_tensor") and value.numel() % world > 0
+    if uneven:  # the setters of whole tensors go beyond the end of one that the ranks share unevenly
+        padded = F.pad(value.flatten(), (0, -value.numel() % world))
+        value = padded.chunk(world)[distributed.get_rank()]
+    if moment is None:
+        (safe_set_local_fp32_param if uneven else safe_set_full_fp32_param)(parameter, value)
+    else:
+        (safe_set_local_optimizer_state if uneven else safe_set_full_optimizer_state)(parameter, value, moment)
 
 
 def _whole(value: Tensor | None, name: str) -> Tensor:

@@ -123,6 +123,16 @@ def test_a_batch_that_is_no_number_ends_the_training(results: Path, name: str, r
     )
 
 
+@pytest.mark.parametrize("name", ddp_workers.PRECISIONS)
+def test_a_new_engine_goes_on_where_another_was_bit_for_bit(results: Path, name: str) -> None:
+    """Half precision keeps float32 masters; the micro-batch that the new engine is given may overflow."""
+    for rank in range(ddp_workers.WORLD):
+        found = notes(results, "precision", rank)[name]
+        assert len(found["moved"]) == 6, "two parameters with their moments"
+        assert not found["restored"]
+        assert not found["next"]
+
+
 def test_killed_processes_are_followed_by_new_ones(results: Path, prepared: Path, tmp_path: Path) -> None:
     """SIGKILL instead of an exception, ZeRO-2: the adapter's digest is that of the undisturbed run."""
     run = Path(shutil.copytree(prepared, tmp_path / "run"))

@@ -391,6 +391,8 @@ def test_sizes_that_cannot_work_are_refused(train: TrainConfig, workers: int, wo
     [
         (EngineConfig(kind="torch", offload_optimizer="cpu"), "float32", "offload_optimizer 'cpu' needs DeepSpeed"),
         (EngineConfig(kind="torch"), "float16", "float16 needs a scaled loss"),
+        (EngineConfig(zero_stage=0), "bfloat16", "dtype bfloat16 needs engine.zero_stage 1 or higher, not 0"),
+        (EngineConfig(zero_stage=0), "float16", "dtype float16 needs engine.zero_stage 1 or higher, not 0"),
         (EngineConfig(zero_stage=0, offload_optimizer="cpu"), "float32", "'cpu' needs engine.zero_stage 1 or higher"),
         (EngineConfig(zero_stage=2, offload_parameters="cpu"), "float32", "needs engine.zero_stage 3 or higher, not 2"),
         (EngineConfig(zero_stage=2, offload_optimizer="nvme"), "float32", "needs engine.zero_stage 3 or higher, not 2"),
