@@ -73,11 +73,16 @@ def crm_target(config: Config) -> Target:
 
 
 def adapter_target(config: Config, name: str) -> Target:
-    """The trained adapter ``name``, whatever the engine and the number of workers."""
+    """The trained adapter ``name``, whatever the engine and the number of workers.
+
+    The balance loss is that of a forward pass: with it, the passes' sizes say what is trained.
+    """
     parents = {"shards": SHARDS, "crm": CRM} | ({"backbone": BACKBONE} if config.backbone.kind == "tiny" else {})
     lora = config.adapters[name]
     parents |= {f"adapters/{other}": ADAPTER for other in (lora.start, lora.teacher) if other}
-    used = digest([name, lora, config.backbone, config.prompt, meaning(config.training(name))])
+    train = config.training(name)
+    passes = [[train.micro_batch, train.micro_tokens, train.packing]] if lora.balance else []
+    used = digest([name, lora, config.backbone, config.prompt, meaning(train), *passes])
     return Target(folder(config, f"adapters/{name}"), ADAPTER, used, _digests(config, parents))
 
 

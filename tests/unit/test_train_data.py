@@ -81,6 +81,12 @@ def test_such_settings_leave_outputs_up_to_date_and_checkpoints_usable(prepared:
     other = dataclasses.replace(base, ray=dataclasses.replace(base.ray, workers=7), engine=EngineConfig(zero_stage=3))
     assert crm_target(other).digest == crm_target(base).digest
     assert adapter_target(other, "reclora").digest == adapter_target(base, "reclora").digest
+    balanced = [
+        dataclasses.replace(settings, adapters={"reclora": dataclasses.replace(LORA, balance=0.1)})
+        for settings in (base, *(config(prepared, lora_train={name: 4}) for name in ("micro_batch", "micro_tokens")))
+    ]
+    digests = {adapter_target(settings, "reclora").digest for settings in balanced}
+    assert len(digests) == 3, "the balance is that of a forward pass, so with it another size trains another adapter"
     longer = config(prepared, lora_train={"epochs": 2})
     assert adapter_target(longer, "reclora").digest != adapter_target(base, "reclora").digest
 
