@@ -25,7 +25,7 @@ from reclora_dist.telemetry.names import Metric
 from reclora_dist.train import loop, stages
 from reclora_dist.train.checkpoint import CheckpointStore
 from reclora_dist.train.context import Context
-from reclora_dist.train.engine import Engine, MicroBatch, State, build_optimiser, load_parameters
+from reclora_dist.train.engine import Engine, MicroBatch, State, TorchEngine, build_optimiser, load_parameters
 from reclora_dist.train.errors import Diverged
 from reclora_dist.train.states import ask_teacher
 
@@ -136,6 +136,10 @@ PRECISIONS = {f"zero{stage} {dtype}": (stage, dtype) for stage in (1, 2, 3) for 
 PRECISIONS |= {"zero0 float32": (0, "float32"), "zero2 float16": (2, "float16"), "zero3 float16": (3, "float16")}
 
 
+def small_loss(output: Tensor, batch: Rows) -> Tensor:
+    return nn.functional.cross_entropy(output.float(), torch.tensor([0, 1, 2, 1]))
+
+
 def small_engine(name: str, rank: int, state: State | None = None) -> Engine:
     """DeepSpeed at the stage and in the precision of ``PRECISIONS``, over ``TwoLayers``."""
     from deepspeed.accelerator import get_accelerator
@@ -147,12 +151,9 @@ def small_engine(name: str, rank: int, state: State | None = None) -> Engine:
     if state is not None:
         load_parameters(model, state)
 
-    def loss(output: Tensor, batch: Rows) -> Tensor:
-        return nn.functional.cross_entropy(output.float(), torch.tensor([0, 1, 2, 1]))
-
     context = Context(rank, torch.distributed.get_world_size())
     return DeepSpeedEngine(
-        model, build_optimiser(model, train), loss, train, EngineConfig(zero_stage=stage), context, dtype
+        model, build_optimiser(model, train), small_loss, train, EngineConfig(zero_stage=stage), context, dtype
     )
 
 
@@ -183,6 +184,16 @@ def end(name: str, engine: Engine, rank: int, out: Path) -> dict[str, Any]:
 def differing(ours: State, theirs: State) -> list[str]:
     """Names of the tensors that are not equal."""
     return [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+
+
+def buffers(rank: int, out: Path) -> None:
+    """What plain torch leaves of a buffer that differs between ranks."""
+    model, train = TwoLayers(), TrainConfig(batch_size=8)
+    model.register_buffer("constant", torch.tensor(float(rank)))
+    engine = TorchEngine(model, build_optimiser(model, train), small_loss, train, Context(rank, WORLD))
+    for step in range(2):
+        engine.step(rows(rank, step), 1.0)
+    out.with_name(f"{out.name}-{rank}.json").write_text(json.dumps(model.get_buffer("constant").item()))
 
 
 def every_precision(rank: int, out: Path) -> None:
@@ -221,6 +232,7 @@ def every_engine(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> N
             train("reclora", config(run, kind), rank, out / f"{name}-stopped")
         except Stopped:
             train("reclora", config(run, kind), rank, out / f"{name}-resumed")
+    buffers(rank, out / "buffers")
     every_precision(rank, out / "precision")
 
 

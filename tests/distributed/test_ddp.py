@@ -84,6 +84,11 @@ def test_ddp_averages_the_gradients_of_both_ranks(results: Path) -> None:
     assert notes(results, "crm", 0)["losses"] != notes(results, "crm", 1)["losses"], "each has its own samples"
 
 
+def test_ddp_sends_no_buffers(results: Path) -> None:
+    """The largest is constant: the fields of all items."""
+    assert [json.loads((results / f"buffers-{rank}.json").read_text()) for rank in range(2)] == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("name", ENGINES[1:])
 def test_every_zero_stage_trains_what_plain_torch_trains(results: Path, name: str) -> None:
     """Losses of every step, and the weights at the end."""
