@@ -5,9 +5,9 @@
     make bench NAME=zero RAW=path/to/ml-100k ARGS="--model llama_7b --processes 1 --samples 512"      on a GPU
 
 A LLaMA with random weights is written once, with the tokenizer of the run's own tiny backbone. RecLoRA (8 experts) is
-then trained by processes under torchrun: DDP and ZeRO 0 to 3, with and without offload (to a disk on request, for that
-needs libaio), each from a fresh start on the same samples; and plain LoRA by transformers' Trainer and PEFT in as many
-processes, in turns with the fastest of ours.
+then trained by processes under torchrun: DDP and ZeRO 0 (in float32, on CPUs) to 3, with and without offload (to a
+disk on request, for that needs libaio), each from a fresh start on the same samples; and plain LoRA by transformers'
+Trainer and PEFT in as many processes, in turns with the fastest of ours.
 `samples_vs_trainer`: the fastest of ours over the Trainer, goal 2; `logloss`: binary log loss on the same validation
 samples after training. Needs the extra `bench`.
 """
@@ -65,6 +65,7 @@ SHAPES = {
 }  # fmt: skip
 VALIDATION = 64
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+USUAL = [name for name in ENGINES if name != "zero3 on disk" and (name != "zero0" or DTYPE == "float32")]
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="samples of a step, over all processes")
     parser.add_argument("--rounds", type=int, default=2, help="turns of our fastest and the Trainer; 0: ours alone")
     parser.add_argument(
-        "--engines", nargs="*", default=list(ENGINES)[:-1], choices=list(ENGINES), help="none: DDP and the Trainer only"
+        "--engines", nargs="*", default=USUAL, choices=list(ENGINES), help="none: DDP and the Trainer only"
     )
     parser.add_argument(
         "--tokens", type=int, default=768, help="ours: padded tokens of a forward pass; 0: its samples, as the Trainer"

@@ -5,13 +5,15 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from sample_data import small_config
+from torch import Tensor, nn
 
 from reclora_dist.config.schema import BackboneConfig, Config, EngineConfig, RayConfig, TrainConfig
 from reclora_dist.contract.manifest import read_manifest
@@ -21,7 +23,10 @@ from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import NullMeters
 from reclora_dist.telemetry.names import Metric
 from reclora_dist.train import loop, stages
+from reclora_dist.train.checkpoint import CheckpointStore
 from reclora_dist.train.context import Context
+from reclora_dist.train.engine import Engine, MicroBatch, State, TorchEngine, build_optimiser, load_parameters
+from reclora_dist.train.errors import Diverged
 from reclora_dist.train.states import ask_teacher
 
 WORLD = 2
@@ -103,6 +108,113 @@ def stop_after(step: int, die: bool = False) -> None:
     loop.save_checkpoint = stopping
 
 
+@dataclass
+class Rows:
+    """A batch of the small model."""
+
+    x: Tensor
+    size = tokens = 1
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class TwoLayers(nn.Module):
+    """A frozen layer under a trained one. One parameter has an odd number of numbers: two workers share it unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.top = nn.Linear(8, 16).requires_grad_(False), nn.Linear(16, 3)
+
+    def forward(self, batch: Rows) -> Tensor:
+        logits: Tensor = self.top(self.base(batch.x.to(self.base.weight.dtype)).relu())
+        return logits
+
+
+PRECISIONS = {f"zero{stage} {dtype}": (stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")}
+PRECISIONS |= {"zero0 float32": (0, "float32"), "zero2 float16": (2, "float16"), "zero3 float16": (3, "float16")}
+
+
+def small_loss(output: Tensor, batch: Rows) -> Tensor:
+    return nn.functional.cross_entropy(output.float(), torch.tensor([0, 1, 2, 1]))
+
+
+def small_engine(name: str, rank: int, state: State | None = None) -> Engine:
+    """DeepSpeed at the stage and in the precision of ``PRECISIONS``, over ``TwoLayers``."""
+    from deepspeed.accelerator import get_accelerator
+
+    from reclora_dist.train.deepspeed_engine import DeepSpeedEngine
+
+    get_accelerator().is_fp16_supported = lambda: True  # few processors are fast at it, all can do it
+    model, train, (stage, dtype) = TwoLayers(), TrainConfig(lr=1e-2, batch_size=8), PRECISIONS[name]
+    if state is not None:
+        load_parameters(model, state)
+
+    context = Context(rank, torch.distributed.get_world_size())
+    return DeepSpeedEngine(
+        model, build_optimiser(model, train), small_loss, train, EngineConfig(zero_stage=stage), context, dtype
+    )
+
+
+def rows(rank: int, step: int, bad: bool = False) -> list[MicroBatch]:
+    """This rank's batch of a step; a bad one is no number on rank 1."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+    return [MicroBatch(Rows(x * float("nan") if bad and rank == 1 else x), 1.0)]
+
+
+def end(name: str, engine: Engine, rank: int, out: Path) -> dict[str, Any]:
+    """How a training ends whose batches are bad from the second step on: steps that were begun, and the message."""
+    begun, message, steps = list[int](), "", 24
+
+    def batches(epoch: int, start: int, earlier: Any) -> Generator[list[MicroBatch], None, None]:
+        for step in range(steps):
+            begun.append(step)
+            yield rows(rank, step, bad=step > 0)
+
+    task = loop.Task(name, engine, steps, batches, lambda: 0.5)
+    context = Context(rank, torch.distributed.get_world_size())
+    try:
+        loop.fit(task, TrainConfig(batch_size=8), context, CheckpointStore(Folder(str(out)), ""), None)
+    except Diverged as error:
+        message = str(error)
+    return {"begun": len(begun), "message": message}
+
+
+def differing(ours: State, theirs: State) -> list[str]:
+    """Names of the tensors that are not equal."""
+    return [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+
+
+def buffers(rank: int, out: Path) -> None:
+    """What plain torch leaves of a buffer that differs between ranks."""
+    model, train = TwoLayers(), TrainConfig(batch_size=8)
+    model.register_buffer("constant", torch.tensor(float(rank)))
+    engine = TorchEngine(model, build_optimiser(model, train), small_loss, train, Context(rank, WORLD))
+    for step in range(2):
+        engine.step(rows(rank, step), 1.0)
+    out.with_name(f"{out.name}-{rank}.json").write_text(json.dumps(model.get_buffer("constant").item()))
+
+
+def every_precision(rank: int, out: Path) -> None:
+    """A small model in every stage and precision: taken up again by a new engine, then with batches that are bad."""
+    found: dict[str, Any] = {}
+    for name in PRECISIONS:
+        engine = small_engine(name, rank)
+        norms = [engine.step(rows(rank, step), 1.0).gradient_norm for step in range(3)]
+        state = engine.state()
+        engine.step(rows(rank, 3), 1.0)
+        after = engine.state()
+        notes = {"norm": norms[0], "moved": differing(after, state)}
+        again = small_engine(name, rank, state)
+        again.restore(state, 3, rows(rank, 0, bad=True)[0])
+        notes["restored"] = differing(again.state(), state)
+        again.step(rows(rank, 3), 1.0)
+        notes["next"] = differing(again.state(), after)
+        found[name] = notes | end(name, again, rank, out / name)
+    out.with_name(f"{out.name}-{rank}.json").write_text(json.dumps(found))
+
+
 def every_engine(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> None:
     """The CRM with DDP, then RecLoRA with each engine: undisturbed, and stopped and taken up again."""
     join(rank, port)
@@ -120,6 +232,8 @@ def every_engine(rank: int, port: int, runs: Mapping[str, Path], out: Path) -> N
             train("reclora", config(run, kind), rank, out / f"{name}-stopped")
         except Stopped:
             train("reclora", config(run, kind), rank, out / f"{name}-resumed")
+    buffers(rank, out / "buffers")
+    every_precision(rank, out / "precision")
 
 
 VARIANTS = {

@@ -242,6 +242,11 @@ def check_engine(engine: EngineConfig, dtype: str) -> None:
                 "backbone.dtype float16 needs a scaled loss, which engine.kind torch does not have; take bfloat16, or "
                 "engine.kind=deepspeed"
             )
+    elif engine.zero_stage == 0 and dtype != "float32":
+        raise ValueError(
+            f"backbone.dtype {dtype} needs engine.zero_stage 1 or higher, not 0, whose checkpoints would be rounded; "
+            "with one worker, stage 1 takes no more memory"
+        )
     for name, place in used.items():
         needed = 3 if name == "offload_parameters" or place == "nvme" else 1
         if engine.zero_stage < needed:

@@ -339,7 +339,11 @@ class LoraConfig(Section):
     )
     shared_gate: bool = knob(False, "one gate for all matrices (iLoRA) in place of one per matrix")
     top_k: int = knob(0, "keep only the k largest weights of a mixture; 0: all")
-    balance: float = knob(0.0, "weight of the load-balance loss, which rewards the even use of the experts; 0: none")
+    balance: float = knob(
+        0.0,
+        "weight of the load-balance loss, which rewards the even use of the experts; 0: none. It is that of a forward "
+        "pass: small passes, and more workers, push the single samples' mixtures to even weights as well",
+    )
     temperature: float = knob(5.0, "divides the gate's logits (not in mode `matrix`, which has no softmax)")
     gate_hidden: int = knob(60, "hidden width of a gate")
     gate_dropout: float = knob(0.1, "dropout of a gate's hidden layer")
@@ -402,7 +406,7 @@ class EngineConfig(Section):
     """The optimiser engine of the fine-tuning."""
 
     kind: Literal["deepspeed", "torch"] = knob("deepspeed", "DeepSpeed ZeRO, or plain torch with DDP")
-    zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage; 2 while the frozen base fits one device")
+    zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage; 2 while the frozen base fits one device; 0: float32 only")
     offload_optimizer: Literal["none", "cpu", "nvme"] = knob(
         "none",
         "where the optimiser's state lives: with the model, in the host's memory (ZeRO 1 to 3), on disk (ZeRO 3)",

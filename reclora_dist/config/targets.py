@@ -76,13 +76,15 @@ def adapter_target(config: Config, name: str) -> Target:
     """The trained adapter ``name``, whatever the engine and the number of workers.
 
     Events, whose texts it reads, and vectors are among the parents because the adapter refers to them: scorer and
-    service refuse it beside others.
+    service refuse it beside others. The balance loss is that of a forward pass: with it, the passes' sizes say what is
+    trained.
     """
     parents = {"events": EVENTS, "vectors": VECTORS, "shards": SHARDS, "crm": CRM}
     parents |= {"backbone": BACKBONE} if config.backbone.kind == "tiny" else {}
-    lora = config.adapters[name]
+    lora, train = config.adapters[name], config.training(name)
     parents |= {f"adapters/{other}": ADAPTER for other in (lora.start, lora.teacher) if other}
-    used = digest([name, meaning(lora), meaning(config.backbone), config.prompt, meaning(config.training(name))])
+    passes = [[train.micro_batch, train.micro_tokens, train.packing]] if lora.balance else []
+    used = digest([name, meaning(lora), meaning(config.backbone), config.prompt, meaning(train), *passes])
     return Target(folder(config, f"adapters/{name}"), ADAPTER, used, _digests(config, parents))
 
 

@@ -10,9 +10,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, distributed, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.nn import functional as F
 
 from reclora_dist.config.schema import EngineConfig, TrainConfig
 from reclora_dist.train.context import Context
@@ -68,8 +76,11 @@ class DeepSpeedEngine:
         for module, name, buffer in buffers:
             # in half precision DeepSpeed casts them as well, and rounded frequencies turn positions
             setattr(module, name, buffer.to(self._engine.device))
-        self._loss = loss
-        self._stage = engine.zero_stage
+        self._loss, self._stage = loss, engine.zero_stage
+        self._is_scaled = dtype == "float16"
+        self._clip, self._norm = config.clip or float("inf"), torch.zeros(())
+        if self._stage == 0:
+            optimiser.register_step_pre_hook(self._clip_whole)
 
     @property
     def model(self) -> nn.Module:
@@ -96,8 +107,19 @@ class DeepSpeedEngine:
             sums.add(loss, share)
         before = self._engine.skipped_steps
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return StepResult(sums.mean, norm, watch.seconds, self._engine.skipped_steps > before)
+        norm = float(self._norm if self._stage == 0 else self._engine.get_global_grad_norm())
+        overflowed = self._engine.skipped_steps > before  # a gradient that is no number, in any precision
+        lowers = overflowed and self._is_scaled and self._engine.optimizer.loss_scale > 1
+        return StepResult(sums.mean, norm, watch.seconds, skipped=lowers)
+
+    def _clip_whole(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip the averaged gradients and keep their norm, which DeepSpeed does not tell without partitions.
+
+        Without gradients the optimiser moves nothing.
+        """
+        self._norm = nn.utils.clip_grad_norm_(trainable(self._engine.module).values(), self._clip)
+        if not torch.isfinite(self._norm):
+            optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> State:
         """See ``Engine.state``."""
@@ -113,17 +135,26 @@ class DeepSpeedEngine:
 
     def restore(self, state: Mapping[str, Tensor], steps: int, batch: MicroBatch) -> None:
         """See ``Engine.restore``."""
-        self.step([batch], scale=0.0)  # makes the moments; at learning rate 0 no parameter moves
         if self._stage == 0:
             restore_moments(self._engine.module, self._optimiser, state, steps)
             return
-        self._link_moments()
+        self._make_moments(batch)
         for name, parameter in trainable(self._engine.module).items():
+            # a new engine makes its masters of a model that it has rounded to half precision
+            _put(parameter, state[f"parameter/{name}"])
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{moment}/{name}"].to(parameter.device), moment)
+                _put(parameter, state[f"{moment}/{name}"], moment)
         for entry in self._optimiser.state.values():
             if "step" in entry:
                 entry["step"] = torch.full_like(torch.as_tensor(entry["step"]), float(steps))
+
+    def _make_moments(self, batch: MicroBatch) -> None:
+        """Take a step with gradients of zero at learning rate 0: nothing moves, and at no scale can it overflow."""
+        hooks = [parameter.register_hook(torch.zeros_like) for parameter in trainable(self._engine.module).values()]
+        self.step([batch], scale=0.0)
+        for hook in hooks:
+            hook.remove()
+        self._link_moments()
 
     def _link_moments(self) -> None:
         """ZeRO-1 and -2 link parameters to moments after the first group's first step, when other groups have none."""
@@ -145,7 +176,7 @@ def deepspeed_config(engine: EngineConfig, config: TrainConfig, dtype: str, larg
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if engine.zero_stage else 0.0,
         "zero_optimization": zero_config(engine, largest),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -186,6 +217,19 @@ def _float_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.is_floating_point()
     ]
+
+
+def _put(parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+    """Set this rank's part of a parameter's float32 master, or of a moment of it, from the whole."""
+    value, world = value.to(parameter.device), distributed.get_world_size()
+    uneven = hasattr(parameter, "ds_tensor") and value.numel() % world > 0
+    if uneven:  # the setters of whole tensors go beyond the end of one that the ranks share unevenly
+        padded = F.pad(value.flatten(), (0, -value.numel() % world))
+        value = padded.chunk(world)[distributed.get_rank()]
+    if moment is None:
+        (safe_set_local_fp32_param if uneven else safe_set_full_fp32_param)(parameter, value)
+    else:
+        (safe_set_local_optimizer_state if uneven else safe_set_full_optimizer_state)(parameter, value, moment)
 
 
 def _whole(value: Tensor | None, name: str) -> Tensor:

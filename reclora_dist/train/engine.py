@@ -37,7 +37,7 @@ class MicroBatch(NamedTuple):
 class StepResult:
     """Mean loss of this worker's samples, norm of the gradient before clipping, seconds of the forward passes.
 
-    ``skipped``: no parameter moved, because half precision overflowed; the scale of the loss was lowered.
+    ``skipped``: no parameter moved, because float16 overflowed; the scale of the loss was lowered, and is above 1.
     """
 
     loss: float
@@ -123,7 +123,9 @@ class TorchEngine:
         self, model: nn.Module, optimiser: torch.optim.AdamW, loss: Loss, config: TrainConfig, context: Context
     ) -> None:
         self._bare = model.to(context.device)
-        self._model = DistributedDataParallel(self._bare) if context.world > 1 else self._bare
+        # every worker builds the same buffers, and no training changes one
+        alone = context.world == 1
+        self._model = self._bare if alone else DistributedDataParallel(self._bare, broadcast_buffers=False)
         self._optimiser = optimiser
         self._loss = loss
         self._clip = config.clip or float("inf")

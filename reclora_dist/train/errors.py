@@ -19,11 +19,11 @@ class OutOfMemory(ValueError):
 
 
 def diverged(stage: str, step: int, result: StepResult, lr: float) -> Diverged:
-    """What to say of a step whose gradient is no number."""
+    """What to say of a step whose loss or gradient is no number."""
     return Diverged(
         f"{stage}: step {step} has loss {result.loss} and gradient norm {result.gradient_norm} at learning rate "
-        f"{lr:.2g}. Lower lr or clip of its section, or look for values out of range in the shards; the checkpoints "
-        "before it are whole."
+        f"{lr:.2g}. Lower lr or clip of its section, take bfloat16 in place of float16, or look for values out of "
+        "range in the shards; the checkpoints before it are whole."
     )
 
 

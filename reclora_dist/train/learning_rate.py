@@ -39,6 +39,8 @@ def range_test(task: Task, train: TrainConfig, finder: FinderConfig, context: Co
             lr = finder.low * ratio**number
             torch.manual_seed(hash((train.seed, number, context.rank)))
             result = task.engine.step(micro_batches, lr / train.lr)
+            if result.skipped:
+                continue
             losses = context.gather(result.loss)
             if not (math.isfinite(result.gradient_norm) and all(map(math.isfinite, losses))):
                 break

@@ -154,7 +154,7 @@ class _Run:
             if not is_out_of_memory(error):
                 raise
             raise out_of_memory(self.task.name, number + 1, micro_batches) from error
-        if not (math.isfinite(result.gradient_norm) or result.skipped):
+        if not (result.skipped or (math.isfinite(result.gradient_norm) and math.isfinite(result.loss))):
             raise diverged(self.task.name, number + 1, result, scale * self.config.lr)
         self.done += 1
         use = self.task.gate_use if self.pace.is_due(self.done) else None

@@ -300,6 +300,7 @@ def adapter_loss(model: RecLora) -> Loss:
 
     The mixture is read from the model, not returned by it: it is in the same graph as the logits, so engines see one
     forward and one backward, and gradient checkpointing, which runs only the backbone's layers again, leaves it alone.
+    The imbalance of a step is not the mean of its passes', so their sizes are part of what is trained.
     """
     balance = model.config.balance
     if not balance:

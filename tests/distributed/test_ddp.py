@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -83,6 +84,11 @@ def test_ddp_averages_the_gradients_of_both_ranks(results: Path) -> None:
     assert notes(results, "crm", 0)["losses"] != notes(results, "crm", 1)["losses"], "each has its own samples"
 
 
+def test_ddp_sends_no_buffers(results: Path) -> None:
+    """The largest is constant: the fields of all items."""
+    assert [json.loads((results / f"buffers-{rank}.json").read_text()) for rank in range(2)] == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("name", ENGINES[1:])
 def test_every_zero_stage_trains_what_plain_torch_trains(results: Path, name: str) -> None:
     """Losses of every step, and the weights at the end."""
@@ -107,6 +113,29 @@ def test_a_run_that_was_stopped_ends_like_the_undisturbed_one(results: Path, nam
     assert_close(state(results, f"{name}-resumed"), state(results, name))
     done = len(notes(results, f"{name}-resumed")["losses"])
     assert done == len(notes(results, name)["losses"]) - ddp_workers.KILL_AT, "it went on, it did not start anew"
+
+
+@pytest.mark.parametrize("rank", range(ddp_workers.WORLD))
+@pytest.mark.parametrize("name", ddp_workers.PRECISIONS)
+def test_a_batch_that_is_no_number_ends_the_training(results: Path, name: str, rank: int) -> None:
+    """In float16 it may be an overflow: the scale of the loss is lowered first, 2^16 times at most."""
+    found = notes(results, "precision", rank)[name]
+    assert 0.1 < found["norm"] < 10
+    lowered = 16 if name.endswith(" float16") else 0
+    assert found["begun"] == 2 + lowered
+    assert re.search(
+        rf"{name}: step {2 + lowered} has loss .* gradient norm (inf|nan) at learning rate", found["message"]
+    )
+
+
+@pytest.mark.parametrize("name", ddp_workers.PRECISIONS)
+def test_a_new_engine_goes_on_where_another_was_bit_for_bit(results: Path, name: str) -> None:
+    """Half precision keeps float32 masters; the micro-batch that the new engine is given may overflow."""
+    for rank in range(ddp_workers.WORLD):
+        found = notes(results, "precision", rank)[name]
+        assert len(found["moved"]) == 6, "two parameters with their moments"
+        assert not found["restored"]
+        assert not found["next"]
 
 
 def test_killed_processes_are_followed_by_new_ones(results: Path, prepared: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,10 +157,10 @@ class Nothing:
 class Counted:
     """An engine whose only parameter is the number of its steps; notes what it was told."""
 
-    def __init__(self, norms: Mapping[int, float] | None = None) -> None:
+    def __init__(self, results: Mapping[int, StepResult] | None = None) -> None:
         self.model = nn.Identity()
         self.value = 0.0
-        self.norms = norms or {}
+        self.results = results or {}
         self.scales: list[float] = []
         self.draws: list[float] = []
 
@@ -167,7 +168,7 @@ class Counted:
         self.value += 1
         self.scales.append(scale)
         self.draws.append(float(torch.rand(())))
-        return StepResult(1.0, self.norms.get(int(self.value), 1.0))
+        return self.results.get(int(self.value), StepResult(1.0, 1.0))
 
     def state(self) -> dict[str, Tensor]:
         return {"parameter/w": torch.tensor(self.value), "exp_avg/w": torch.zeros(()), "exp_avg_sq/w": torch.zeros(())}
@@ -183,16 +184,16 @@ def counted(
     context: Context | None = None,
     resume: bool = False,
     gate_use: Callable[[], GateUse] | None = None,
-    norms: Mapping[int, float] | None = None,
+    results: Mapping[int, StepResult] | None = None,
 ) -> tuple[Counted, FitResult]:
     """Fit a ``Counted`` engine for epochs of 5 steps; validation gives ``aucs`` one after the other."""
-    engine, results = Counted(norms), iter(aucs)
+    engine, validations = Counted(results), iter(aucs)
     store = CheckpointStore(Folder(str(folder)), "d")
 
     def batches(epoch: int, start: int, earlier: Sequence[Stretch]) -> Generator[list[MicroBatch], None, None]:
         yield from ([MicroBatch(Nothing(), 1.0)] for _ in range(start, 5))
 
-    task = Task("counted", engine, 5, batches, lambda: next(results), gate_use=gate_use)
+    task = Task("counted", engine, 5, batches, lambda: next(validations), gate_use=gate_use)
     return engine, fit(task, train, context or Context(), store, store.latest() if resume else None)
 
 
@@ -243,14 +244,23 @@ def test_training_ends_when_validation_has_lost_its_patience(
     assert (result.steps, again.scales) == (20, []), "killed after its last checkpoint, it has nothing left to do"
 
 
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_the_checkpoints(tmp_path: Path, norm: float) -> None:
+@pytest.mark.parametrize(("loss", "norm"), [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (math.inf, 0.0)])
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_leaves_the_checkpoints(
+    tmp_path: Path, loss: float, norm: float
+) -> None:
     train = TrainConfig(epochs=2, checkpoint_every=3, lr=1e-2)
-    with pytest.raises(Diverged, match=rf"counted: step 8 has .* gradient norm {norm} .*Lower lr") as found:
-        counted(tmp_path, [0.5, 0.6], train, norms={8: norm})
+    with pytest.raises(
+        Diverged, match=rf"counted: step 8 has loss {loss} and gradient norm {norm} .*Lower lr"
+    ) as found:
+        counted(tmp_path, [0.5, 0.6], train, results={8: StepResult(loss, norm)})
     assert isinstance(found.value, ValueError), "trying again would not help"
     assert str(copy.copy(found.value)) == str(found.value), "it is pickled on its way to the driver"
     assert CheckpointStore(Folder(str(tmp_path)), "d").steps() == [5, 6]
+
+
+def test_a_step_that_lowers_the_scale_of_the_loss_is_no_divergence(tmp_path: Path) -> None:
+    _, result = counted(tmp_path, [0.5], TrainConfig(), results={3: StepResult(1.0, math.inf, skipped=True)})
+    assert result.steps == 5
 
 
 def test_out_of_memory_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +391,8 @@ def test_sizes_that_cannot_work_are_refused(train: TrainConfig, workers: int, wo
     [
         (EngineConfig(kind="torch", offload_optimizer="cpu"), "float32", "offload_optimizer 'cpu' needs DeepSpeed"),
         (EngineConfig(kind="torch"), "float16", "float16 needs a scaled loss"),
+        (EngineConfig(zero_stage=0), "bfloat16", "dtype bfloat16 needs engine.zero_stage 1 or higher, not 0"),
+        (EngineConfig(zero_stage=0), "float16", "dtype float16 needs engine.zero_stage 1 or higher, not 0"),
         (EngineConfig(zero_stage=0, offload_optimizer="cpu"), "float32", "'cpu' needs engine.zero_stage 1 or higher"),
         (EngineConfig(zero_stage=2, offload_parameters="cpu"), "float32", "needs engine.zero_stage 3 or higher, not 2"),
         (EngineConfig(zero_stage=2, offload_optimizer="nvme"), "float32", "needs engine.zero_stage 3 or higher, not 2"),

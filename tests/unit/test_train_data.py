@@ -85,6 +85,12 @@ def test_such_settings_leave_outputs_up_to_date_and_checkpoints_usable(prepared:
     assert adapter_target(other, "reclora").digest == own
     smaller = {"reclora": dataclasses.replace(LORA, train={"micro_batch": 8})}
     assert adapter_target(dataclasses.replace(base, adapters=smaller), "reclora").digest == own
+    balanced = [
+        dataclasses.replace(settings, adapters={"reclora": dataclasses.replace(LORA, balance=0.1)})
+        for settings in (base, *(config(prepared, lora_train={name: 4}) for name in ("micro_batch", "micro_tokens")))
+    ]
+    digests = {adapter_target(settings, "reclora").digest for settings in balanced}
+    assert len(digests) == 3, "the balance is that of a forward pass, so with it another size trains another adapter"
     longer = config(prepared, lora_train={"epochs": 2})
     assert adapter_target(longer, "reclora").digest != own
 
