@@ -39,13 +39,13 @@ def range_test(task: Task, train: TrainConfig, finder: FinderConfig, context: Co
             lr = finder.low * ratio**number
             torch.manual_seed(hash((train.seed, number, context.rank)))
             result = task.engine.step(micro_batches, lr / train.lr)
-            if result.skipped:
+            if result.skipped:  # float16 finds its scale first
                 continue
             losses = context.gather(result.loss)
             if not (math.isfinite(result.gradient_norm) and all(map(math.isfinite, losses))):
                 break
             mean = SMOOTHING * mean + (1 - SMOOTHING) * sum(losses) / len(losses)
-            loss = mean / (1 - SMOOTHING ** (number + 1))
+            loss = mean / (1 - SMOOTHING ** (len(points) + 1))
             points.append(Point(lr, loss))
             smallest = min(smallest, loss)
             if (number + 1) % train.log_every == 0:

@@ -5,16 +5,18 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sample_data import small_config
 
 from reclora_dist.config.check import check_finder
-from reclora_dist.config.schema import EngineConfig, FinderConfig
+from reclora_dist.config.schema import EngineConfig, FinderConfig, TrainConfig
 from reclora_dist.contract.storage import Folder
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
-from reclora_dist.train.learning_rate import Point, steepest, write_range_test
+from reclora_dist.train.engine import StepResult
+from reclora_dist.train.learning_rate import Point, range_test, steepest, write_range_test
 
 
 def test_the_suggestion_is_where_the_loss_falls_fastest(tmp_path: Path) -> None:
@@ -55,6 +57,13 @@ def test_a_stage_is_tested_and_nothing_else_changes(
     assert not (run / "adapters").exists()
     assert not list((run / "checkpoints").rglob("*.json"))
     assert f"{stage}: step 5/30 learning rate" in capsys.readouterr().out
+
+
+def test_steps_in_which_float16_looks_for_its_scale_are_no_points_and_no_end() -> None:
+    results = [StepResult(math.inf, math.inf, 0.0, skipped=True)] * 2 + [StepResult(1.0, 1.0, 0.0)] * 3
+    task = Mock(engine=Mock(step=Mock(side_effect=results)), batches=Mock(return_value=iter([[]] * 5)))
+    points = range_test(task, TrainConfig(), FinderConfig("crm", steps=5), Context())
+    assert [point.loss for point in points] == pytest.approx([1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(
