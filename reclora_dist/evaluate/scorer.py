@@ -66,10 +66,12 @@ class Scorer:
         self.device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, adapter: Folder, threads: int = 1, batch_size: int = 256) -> "Scorer":
+    def load(
+        cls, adapter: Folder, threads: int = 1, batch_size: int = 256, device: torch.device | str | None = None
+    ) -> "Scorer":
         """``from_pretrained`` for a process that does nothing else: torch takes ``threads`` threads from now on."""
         torch.set_num_threads(threads)
-        return cls.from_pretrained(adapter.uri, batch_size=batch_size)
+        return cls.from_pretrained(adapter.uri, device, batch_size=batch_size)
 
     @classmethod
     def from_pretrained(

@@ -43,6 +43,7 @@ from reclora_dist.evaluate.slices import (
     slice_metrics,
     slices,
 )
+from reclora_dist.ray_app.session import reserved_device
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import Meters
 
@@ -110,7 +111,9 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     shared = [ray.put(rows.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
     others = shuffled(rows, config.evaluate.seed)
     donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
-    task = _score_adapter.options(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)
+    # Not by options(): named here, GPUs make Ray end the process with the task, which else would keep their memory.
+    # Without GPUs it stays for the next task, and what it has imported.
+    task = ray.remote(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)(_score_adapter)
     pending = {
         name: [
             task.remote(folder(config, f"adapters/{name}").uri, part, config.ray.threads, config.evaluate.batch_size)
@@ -130,11 +133,10 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     return {"running_averages": _baseline(config, rows), "crm": _crm(config, rows), **adapters}
 
 
-@ray.remote
 def _score_adapter(
     adapter: str, rows: pa.Table, threads: int, batch_size: int, donors: pa.Table | None = None
 ) -> Scored:
-    scorer = Scorer.load(Folder(adapter), threads, batch_size)
+    scorer = Scorer.load(Folder(adapter), threads, batch_size, reserved_device())
     started = time.perf_counter()
     scores = scorer.score(rows, donors)
     rate = rows.num_rows / (time.perf_counter() - started)

@@ -1,5 +1,5 @@
 """On an accelerator: every engine trains the small run's adapter, in half precision too, as plain torch does on it;
-Ray Train gives a worker the accelerator, and both processors give a sample the same score, and a text the same vector."""
+Ray Train gives a worker the accelerator; both processors give a sample the same score, and a text the same vector."""
 
 import dataclasses
 import shutil
