@@ -24,8 +24,9 @@ from reclora_dist.lora.model import RecLora
 
 Scores = npt.NDArray[np.float64]
 
-CACHED_TOKENS = 2048
-"""Tokens, padding included, that a CPU takes at a time, unless one prompt is longer."""
+PASS_TOKENS = {"cpu": 2048, "cuda": 32_768}
+"""Tokens, padding included, of a forward pass, unless one prompt is longer: on a CPU as many as leave their activations
+in its caches, on a GPU as many as keep it busy and leave most of its memory to the weights."""
 
 
 def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextCollator:
@@ -150,11 +151,9 @@ class Scorer:
         return parts
 
     def _passes(self, batch: TextBatch) -> list[npt.NDArray[np.int64]]:
-        """The rows of each forward pass; a CPU takes as many as leave their activations in its caches."""
-        if self.device.type != "cpu":
-            return [np.arange(len(batch))]
+        """The rows of each forward pass."""
         lengths = batch.last.numpy() + 1
-        return by_tokens(lengths, max(CACHED_TOKENS, int(lengths.max())))
+        return by_tokens(lengths, max(PASS_TOKENS[self.device.type], int(lengths.max())))
 
     def _batches(self, rows: pa.Table) -> list[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Batches of rows with histories of like length, so that little is padded, and their places in ``rows``."""
