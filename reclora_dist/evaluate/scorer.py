@@ -1,7 +1,5 @@
 """Score rows of text shards with one adapter: the same code validates in training, evaluates and serves."""
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -124,17 +122,9 @@ class Scorer:
                 foreign = None
                 if donors is not None:
                     crm = crm_batch(donors.take(pa.array(places[part]))).to(self.device)
-                    foreign = self.model.mixture(dataclasses.replace(batch, crm=crm))
+                    foreign = self.model.mixture(crm)
                 logits = self.model(batch, foreign)
                 scores[places[part]] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
-        return scores
-
-    @torch.inference_mode()
-    def crm_score(self, rows: pa.Table) -> Scores:
-        """The frozen CRM's own probability of a like, float64 [rows]."""
-        scores = np.empty(rows.num_rows)
-        for places, batch in self._batches(rows):
-            scores[places] = crm_probability(self.model.crm, crm_batch(batch).to(self.device)).cpu().numpy()
         return scores
 
     @torch.inference_mode()
@@ -144,8 +134,8 @@ class Scorer:
         In mode ``matrix`` they are matrices, [rows, matrices, r · r].
         """
         parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.mixture_width), np.float32)
-        for places, batch in self._batches(rows):
-            mixture = self.model.mixture(self.collate(batch).to(self.device))
+        for places, table in self._batches(rows):
+            mixture = self.model.mixture(crm_batch(table).to(self.device))
             if mixture is not None:
                 parts[places] = mixture.transpose(0, 1).float().cpu().numpy()
         return parts

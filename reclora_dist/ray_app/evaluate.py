@@ -109,8 +109,6 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     workers = max(1, config.ray.workers)
     cuts = np.linspace(0, rows.num_rows, workers + 1).astype(int)
     shared = [ray.put(rows.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
-    others = shuffled(rows, config.evaluate.seed)
-    donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
     # Not by options(): named here, GPUs make Ray end the process with the task, which else would keep their memory.
     # Without GPUs it stays for the next task, and what it has imported.
     task = ray.remote(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)(_score_adapter)
@@ -121,10 +119,13 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
         ]
         for name in config.adapters
     }
-    for name, control in shuffled_names(config).items():
-        uri, threads, size = folder(config, f"adapters/{name}").uri, config.ray.threads, config.evaluate.batch_size
-        pairs = zip(shared, donors, strict=True)
-        pending[control] = [task.remote(uri, part, threads, size, donor) for part, donor in pairs]
+    if controls := shuffled_names(config):
+        others = shuffled(rows, config.evaluate.seed)
+        donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
+        for name, control in controls.items():
+            uri, threads, size = folder(config, f"adapters/{name}").uri, config.ray.threads, config.evaluate.batch_size
+            pairs = zip(shared, donors, strict=True)
+            pending[control] = [task.remote(uri, part, threads, size, donor) for part, donor in pairs]
     adapters = {}
     for name, references in pending.items():
         adapters[name] = _joined(ray.get(references))

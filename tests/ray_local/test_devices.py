@@ -87,3 +87,16 @@ def test_a_task_that_reserved_a_gpu_leaves_no_process_on_it(
     found = np.concatenate([scored[name].scores for name in config.adapters])
     assert set(found % 1) == {0.0 if device == "cpu" else 0.5}
     assert len(set(found)) == processes
+
+
+def test_rows_are_stored_a_second_time_only_for_shuffled_controls(
+    monkeypatch: pytest.MonkeyPatch, cluster: None, prepared: Path
+) -> None:
+    monkeypatch.setattr(evaluate, "_score_adapter", lambda _, rows, *rest: evaluate.Scored(np.zeros(len(rows)), 1.0))
+    put, stored = ray.put, list[pa.Table]()
+    monkeypatch.setattr(ray, "put", lambda table: [stored.append(table), put(table)][1])
+    config = dataclasses.replace(small_config(prepared), ray=RayConfig(workers=1))
+    for settings, tables in ((EvaluateConfig(), 1), (EvaluateConfig(shuffled=True), 2)):
+        stored.clear()
+        evaluate._score(dataclasses.replace(config, evaluate=settings), evaluate.split_rows(config, "test"), "test")
+        assert len(stored) == tables

@@ -102,7 +102,6 @@ def test_batching_changes_nothing(scorer: Scorer, rows: pa.Table, scores: np.nda
     few = rows.slice(3, 40)
     other = Scorer(scorer.model, scorer.config, scorer.collate, batch_size=size)
     np.testing.assert_allclose(other.score(few), scores[3:43], atol=1e-6)
-    np.testing.assert_allclose(other.crm_score(few), scorer.crm_score(rows)[3:43], atol=1e-6)
     np.testing.assert_allclose(other.mixtures(few), scorer.mixtures(rows)[3:43], atol=1e-5)
 
 
@@ -123,7 +122,7 @@ def test_no_row_is_no_score(scorer: Scorer, rows: pa.Table) -> None:
 
 
 def test_mixtures_are_one_per_row_and_matrix(scorer: Scorer, run: Path, rows: pa.Table) -> None:
-    found = scorer.mixtures(rows)
+    found = scorer.mixtures(rows.drop_columns(["short_items", "short_levels"]))
     assert found.shape == (rows.num_rows, 4, 4)
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
     plain = Scorer.load(adapter(run, "lora"))
