@@ -311,7 +311,6 @@ def taught(rank: int, port: int, run: Path, out: Path) -> None:
 
 def alone(rank: int, port: int, run: Path, out: Path) -> None:
     """RecLoRA with DeepSpeed in bfloat16 in one process that joined no group, as in a debugger."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     base = config(run, EngineConfig())
     settings = dataclasses.replace(base, backbone=dataclasses.replace(base.backbone, dtype="bfloat16"))
@@ -321,6 +320,16 @@ def alone(rank: int, port: int, run: Path, out: Path) -> None:
     frozen = {str(p.dtype) for p in model.parameters() if not p.requires_grad}
     out.write_text(json.dumps({"buffers": kinds, "frozen": sorted(frozen)}))
     stages._train(settings, lambda _: prepared, Context())
+
+
+def beside_a_gpu(rank: int, port: int, run: Path, out: Path) -> None:
+    """A context on the CPU, although torch finds a GPU."""
+    torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: True
+    prepared = stages.prepare_adapter(config(run, EngineConfig()), "reclora", Context())
+    with contextlib.closing(prepared.task.batches(0, 0, ())) as steps:
+        loss = prepared.task.engine.step(next(steps), 1.0).loss
+    out.write_text(json.dumps({"device": str(prepared.task.engine.model.device), "loss": loss}))
 
 
 def killed(rank: int, port: int, run: Path, out: Path) -> None:

@@ -15,11 +15,11 @@ Array = npt.NDArray[np.float32]
 
 
 class TextEncoder:
-    """A transformers model that turns texts into vectors."""
+    """A transformers model on ``device`` that turns texts into vectors."""
 
-    def __init__(self, path: str, max_tokens: int) -> None:
+    def __init__(self, path: str, max_tokens: int, device: torch.device | str = "cpu") -> None:
         self.tokenizer = load_tokenizer(path)
-        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
         self.max_tokens = max_tokens
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

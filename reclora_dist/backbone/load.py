@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("answers", answers, persistent=False)
-        self.head = None if answers is not None else nn.Linear(width, 2)
+        self.head = None if answers is not None else _Head(width, 2)
         self.width = width
         # of the forward pass in work; they stay set, because gradient checkpointing runs layers again in backward
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -47,8 +47,9 @@ class Backbone(nn.Module):
         pooled = self.pooled(input_ids, attention_mask, last, positions)
         if self.head is None:
             assert self.answers is not None
-            return F.linear(pooled, self.answers).float()
-        logits: Tensor = self.head(pooled.float())
+            # in float32: a bfloat16 logit near 20 has steps of .125, larger than most differences of the two
+            return F.linear(pooled.float(), self.answers.float())
+        logits: Tensor = self.head(pooled)
         return logits
 
     def pooled(
@@ -93,6 +94,13 @@ class Backbone(nn.Module):
 
     def _scatter(self, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
         return None if self._rows is None else output.new_zeros(self._whole).index_put(self._rows, output[:, 0])
+
+
+class _Head(nn.Linear):
+    """A Linear that computes in float32, also where DeepSpeed has cast it with the rest of the model."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:

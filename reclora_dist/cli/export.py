@@ -19,6 +19,7 @@ def export_user(config: ExportConfig) -> None:
         ValueError: a setting is empty, the user is unknown, or the adapter is no fixed LoRA for a user.
     """
     from reclora_dist.contract.storage import Folder
+    from reclora_dist.data.collate import crm_batch
     from reclora_dist.evaluate.scorer import Scorer, feature_store
     from reclora_dist.lora.adapter import read_adapter_config, resolved_backbone
     from reclora_dist.lora.export import Origin, check_exportable, write_peft
@@ -30,7 +31,7 @@ def export_user(config: ExportConfig) -> None:
     scorer = Scorer.from_pretrained(config.adapter, device="cpu")
     store = feature_store(config.adapter, adapter)
     item, user = next(iter(store.items)), config.user or next(iter(store.users))  # such a gate reads no target item
-    mixture = scorer.model.mixture(scorer.collate(store.rows([item], adapter.retrieval, user=user)))
+    mixture = scorer.model.mixture(crm_batch(store.rows([item], adapter.retrieval, user=user)))
     own = None if mixture is None else mixture[:, 0].detach()
     origin = Origin(manifest.content_digest, manifest.parents, config.user)
     write_peft(Folder(config.out), adapter, resolved_backbone(folder, adapter), scorer.model, own, origin)

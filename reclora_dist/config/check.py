@@ -57,14 +57,23 @@ def check_config(config: Config) -> None:
             )
     check_crm(config.crm, config.retrieval.strategy)
     _check_evaluate(config.evaluate)
+    check_training(config)
+    check_engine(config.engine, config.backbone.dtype)
+    check_finder(config.finder, config.adapters)
+
+
+def check_training(config: Config) -> None:
+    """Refuse settings of the trainings, and of their workers, that cannot work.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
     check_sizes(config.crm_train, config.ray.workers, "crm_train")
     _check_fine_tuning(config, config.lora_train, "lora_train")
     for name, lora in config.adapters.items():
         if lora.train:
             _check_fine_tuning(config, _training(config, name), f"adapters.{name}.train")
-    check_engine(config.engine, config.backbone.dtype)
     check_ray(config.ray)
-    check_finder(config.finder, config.adapters)
 
 
 def _check_source(config: Config, name: str) -> None:

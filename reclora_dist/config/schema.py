@@ -291,7 +291,8 @@ class TrainConfig(Section):
     )
     micro_tokens: int = knob(
         0,
-        "fine-tuning: padded tokens per forward pass of a worker, at most, of samples of similar length; 0: no bound",
+        "fine-tuning: padded tokens per forward pass of a worker, at most, of samples of similar length, also in "
+        "validation; 0: no bound",
         means=False,
     )
     packing: bool = knob(

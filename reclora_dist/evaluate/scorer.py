@@ -1,7 +1,5 @@
 """Score rows of text shards with one adapter: the same code validates in training, evaluates and serves."""
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,8 +22,9 @@ from reclora_dist.lora.model import RecLora
 
 Scores = npt.NDArray[np.float64]
 
-CACHED_TOKENS = 2048
-"""Tokens, padding included, that a CPU takes at a time, unless one prompt is longer."""
+PASS_TOKENS = {"cpu": 2048, "cuda": 32_768}
+"""Tokens, padding included, of a forward pass, unless one prompt is longer: on a CPU as many as leave their activations
+in its caches, on a GPU as many as keep it busy and leave most of its memory to the weights."""
 
 
 def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextCollator:
@@ -66,10 +65,12 @@ class Scorer:
         self.device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, adapter: Folder, threads: int = 1, batch_size: int = 256) -> "Scorer":
+    def load(
+        cls, adapter: Folder, threads: int = 1, batch_size: int = 256, device: torch.device | str | None = None
+    ) -> "Scorer":
         """``from_pretrained`` for a process that does nothing else: torch takes ``threads`` threads from now on."""
         torch.set_num_threads(threads)
-        return cls.from_pretrained(adapter.uri, batch_size=batch_size)
+        return cls.from_pretrained(adapter.uri, device, batch_size=batch_size)
 
     @classmethod
     def from_pretrained(
@@ -121,17 +122,9 @@ class Scorer:
                 foreign = None
                 if donors is not None:
                     crm = crm_batch(donors.take(pa.array(places[part]))).to(self.device)
-                    foreign = self.model.mixture(dataclasses.replace(batch, crm=crm))
+                    foreign = self.model.mixture(crm)
                 logits = self.model(batch, foreign)
                 scores[places[part]] = torch.softmax(logits.double(), dim=-1)[:, 1].cpu().numpy()
-        return scores
-
-    @torch.inference_mode()
-    def crm_score(self, rows: pa.Table) -> Scores:
-        """The frozen CRM's own probability of a like, float64 [rows]."""
-        scores = np.empty(rows.num_rows)
-        for places, batch in self._batches(rows):
-            scores[places] = crm_probability(self.model.crm, crm_batch(batch).to(self.device)).cpu().numpy()
         return scores
 
     @torch.inference_mode()
@@ -141,18 +134,16 @@ class Scorer:
         In mode ``matrix`` they are matrices, [rows, matrices, r · r].
         """
         parts = np.ones((rows.num_rows, len(self.model.banks), self.config.lora.mixture_width), np.float32)
-        for places, batch in self._batches(rows):
-            mixture = self.model.mixture(self.collate(batch).to(self.device))
+        for places, table in self._batches(rows):
+            mixture = self.model.mixture(crm_batch(table).to(self.device))
             if mixture is not None:
                 parts[places] = mixture.transpose(0, 1).float().cpu().numpy()
         return parts
 
     def _passes(self, batch: TextBatch) -> list[npt.NDArray[np.int64]]:
-        """The rows of each forward pass; a CPU takes as many as leave their activations in its caches."""
-        if self.device.type != "cpu":
-            return [np.arange(len(batch))]
+        """The rows of each forward pass."""
         lengths = batch.last.numpy() + 1
-        return by_tokens(lengths, max(CACHED_TOKENS, int(lengths.max())))
+        return by_tokens(lengths, max(PASS_TOKENS[self.device.type], int(lengths.max())))
 
     def _batches(self, rows: pa.Table) -> list[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Batches of rows with histories of like length, so that little is padded, and their places in ``rows``."""

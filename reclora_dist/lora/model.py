@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from reclora_dist.backbone.load import Backbone
 from reclora_dist.config.check import check_lora
 from reclora_dist.config.schema import BackboneConfig, LoraConfig
-from reclora_dist.crm.batch import CrmOutput
+from reclora_dist.crm.batch import CrmBatch, CrmOutput
 from reclora_dist.crm.build import Crm
 from reclora_dist.lora.batch import TextBatch
 from reclora_dist.lora.fusion import Fusion
@@ -57,12 +57,12 @@ class RecLora(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def mixture(self, batch: TextBatch) -> Tensor | None:
-        """Mixtures of a batch, [matrices, batch, experts]; None without a gate.
+    def mixture(self, crm: CrmBatch) -> Tensor | None:
+        """Mixtures of the samples with these CRM rows, [matrices, batch, experts]; None without a gate.
 
         In mode ``matrix`` they are matrices, [matrices, batch, r · r].
         """
-        return self._mixture(batch, self._known(batch))
+        return self._mixture(crm, self._known(crm))
 
     def forward(self, batch: TextBatch, mixture: Tensor | None = None) -> Tensor:
         """Logits of (no, yes) for a batch, [batch, 2].
@@ -70,8 +70,8 @@ class RecLora(nn.Module):
         Args:
             mixture: what ``mixture`` returns of other samples, to be used in place of the batch's own.
         """
-        known = self._known(batch)
-        self.conditioning.mixture = self._mixture(batch, known) if mixture is None else mixture
+        known = self._known(batch.crm, batch.answers)
+        self.conditioning.mixture = self._mixture(batch.crm, known) if mixture is None else mixture
         self.conditioning.segments = batch.segments
         prompt = batch.input_ids, batch.attention_mask, batch.last, batch.positions
         if self.fusion is not None and known is not None:
@@ -92,23 +92,23 @@ class RecLora(nn.Module):
         return answers + crm if head == "offset" else share * answers + (1 - share) * crm
 
     @torch.no_grad()
-    def _known(self, batch: TextBatch) -> CrmOutput | None:
+    def _known(self, crm: CrmBatch, answers: tuple[Tensor, ...] = ()) -> CrmOutput | None:
         """What the CRM says of a batch, or said before; None if neither gate nor head reads it."""
         if not self.reads_crm:
             return None
-        if batch.answers:
-            state, logit, user_state = batch.answers
+        if answers:
+            state, logit, user_state = answers
             return CrmOutput(state, logit, lambda: user_state)
-        output: CrmOutput = self.crm(batch.crm)
+        output: CrmOutput = self.crm(crm)
         return output
 
-    def _mixture(self, batch: TextBatch, known: CrmOutput | None) -> Tensor | None:
+    def _mixture(self, crm: CrmBatch, known: CrmOutput | None) -> Tensor | None:
         if self.config.gate == "none":
             return None
         if self.gates is None:
-            shape = (len(self.banks), len(batch), self.config.experts)
-            return torch.full(shape, 1 / self.config.experts, device=batch.input_ids.device)
-        source = batch.crm.user
+            shape = (len(self.banks), len(crm), self.config.experts)
+            return torch.full(shape, 1 / self.config.experts, device=crm.user.device)
+        source = crm.user
         if isinstance(self.gates, GateStack):
             assert known is not None
             source = known.state if self.config.gate == "crm" else known.user_state

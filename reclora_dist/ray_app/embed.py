@@ -14,6 +14,7 @@ from reclora_dist.contract.manifest import ContractError, Manifest, digest, read
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import BACKBONE, EVENTS, VECTORS
 from reclora_dist.contract.storage import Folder
+from reclora_dist.ray_app.session import reserved_device
 
 
 class _Encoder:
@@ -21,7 +22,7 @@ class _Encoder:
 
     def __init__(self, path: str, max_tokens: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._encode = TextEncoder(path, max_tokens)
+        self._encode = TextEncoder(path, max_tokens, reserved_device())
 
     def encode(self, texts: list[str]) -> Array:
         """Vectors of a batch of texts."""

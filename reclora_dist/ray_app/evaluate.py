@@ -43,6 +43,7 @@ from reclora_dist.evaluate.slices import (
     slice_metrics,
     slices,
 )
+from reclora_dist.ray_app.session import reserved_device
 from reclora_dist.telemetry import names
 from reclora_dist.telemetry.meters import Meters
 
@@ -108,9 +109,9 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     workers = max(1, config.ray.workers)
     cuts = np.linspace(0, rows.num_rows, workers + 1).astype(int)
     shared = [ray.put(rows.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
-    others = shuffled(rows, config.evaluate.seed)
-    donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
-    task = _score_adapter.options(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)
+    # Not by options(): named here, GPUs make Ray end the process with the task, which else would keep their memory.
+    # Without GPUs it stays for the next task, and what it has imported.
+    task = ray.remote(num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker)(_score_adapter)
     pending = {
         name: [
             task.remote(folder(config, f"adapters/{name}").uri, part, config.ray.threads, config.evaluate.batch_size)
@@ -118,10 +119,13 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
         ]
         for name in config.adapters
     }
-    for name, control in shuffled_names(config).items():
-        uri, threads, size = folder(config, f"adapters/{name}").uri, config.ray.threads, config.evaluate.batch_size
-        pairs = zip(shared, donors, strict=True)
-        pending[control] = [task.remote(uri, part, threads, size, donor) for part, donor in pairs]
+    if controls := shuffled_names(config):
+        others = shuffled(rows, config.evaluate.seed)
+        donors = [ray.put(others.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
+        for name, control in controls.items():
+            uri, threads, size = folder(config, f"adapters/{name}").uri, config.ray.threads, config.evaluate.batch_size
+            pairs = zip(shared, donors, strict=True)
+            pending[control] = [task.remote(uri, part, threads, size, donor) for part, donor in pairs]
     adapters = {}
     for name, references in pending.items():
         adapters[name] = _joined(ray.get(references))
@@ -130,11 +134,10 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
     return {"running_averages": _baseline(config, rows), "crm": _crm(config, rows), **adapters}
 
 
-@ray.remote
 def _score_adapter(
     adapter: str, rows: pa.Table, threads: int, batch_size: int, donors: pa.Table | None = None
 ) -> Scored:
-    scorer = Scorer.load(Folder(adapter), threads, batch_size)
+    scorer = Scorer.load(Folder(adapter), threads, batch_size, reserved_device())
     started = time.perf_counter()
     scores = scorer.score(rows, donors)
     rate = rows.num_rows / (time.perf_counter() - started)

@@ -168,7 +168,7 @@ def _train(stages: Sequence[Stage], session: Session, timings: dict[str, Any]) -
         seconds = costs["stage_seconds"] if costs != before[stage.trains] else None
         own += seconds or 0.0
         _tell(stage.name, seconds, timings)
-        if seconds and config.ray.workers and stage.trains != "crm" and config.adapters[stage.trains].gate == "crm":
+        if seconds and config.ray.workers and stage.trains != "crm" and config.adapters[stage.trains].weighs:
             session.emitted |= series_of("train")  # only such an adapter sets all of them
     if own and config.ray.workers:
         _tell("workers", time.perf_counter() - started - own, timings)

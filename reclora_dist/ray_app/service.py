@@ -46,6 +46,7 @@ from reclora_dist.ray_app.messages import (
     ScoreResponse,
 )
 from reclora_dist.ray_app.meters import RayMeters
+from reclora_dist.ray_app.session import reserved_device
 from reclora_dist.telemetry import names
 
 APPLICATION = "reclora"
@@ -65,7 +66,7 @@ class Model:
     def __init__(self, adapter: str, config: ServeConfig) -> None:
         from reclora_dist.evaluate.scorer import Scorer, feature_store
 
-        self.scorer = Scorer.load(Folder(adapter), config.threads)
+        self.scorer = Scorer.load(Folder(adapter), config.threads, device=reserved_device())
         self.store = feature_store(adapter, self.scorer.config)
         self.meters = RayMeters()
         self.thread = ThreadPoolExecutor(1)  # always the same one: torch keeps a pool of its own per calling thread
@@ -135,7 +136,7 @@ class _EvaluationRun:
         from reclora_dist.evaluate.scorer import Scorer, check_reference, referenced
 
         folder = Folder(adapter)
-        scorer = Scorer.load(folder, threads=1, batch_size=config.batch_size)
+        scorer = Scorer.load(folder, 1, config.batch_size, reserved_device())
         shards = referenced(folder, scorer.config, "shards")
         manifest = read_manifest(shards, SHARDS)
         check_reference(scorer.config, "shards", manifest)

@@ -95,6 +95,14 @@ def check_gpus(config: RayConfig, found: float) -> None:
         )
 
 
+def reserved_device() -> str:
+    """Where this task or actor computes: ``cuda`` if Ray reserved a GPU for it, else ``cpu``.
+
+    Whether torch finds a GPU says nothing: Ray shows those of the node to processes that reserved none, too.
+    """
+    return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
 def _start(config: RayConfig, folder: Path) -> Any:
     _choose_token()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's node away

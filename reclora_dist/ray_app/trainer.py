@@ -13,7 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from reclora_dist.config.check import check_ray, check_sizes
+from reclora_dist.config.check import check_training
 from reclora_dist.config.schema import Config
 from reclora_dist.ray_app.meters import RayMeters
 from reclora_dist.telemetry import names as metric_names
@@ -36,7 +36,7 @@ def train_all(config: Config, names: Sequence[str]) -> None:
         ValueError: the settings do not fit together and nothing was started; or trying again would not help.
         RuntimeError: the workers failed ``ray.max_failures`` times in a row without a new checkpoint.
     """
-    _check(config, names)
+    check_training(config)
     if config.ray.workers == 0:
         torch.set_num_threads(config.ray.threads)
         stages.train_all(config, names, Context())
@@ -70,7 +70,7 @@ def find_learning_rate(config: Config) -> None:
         RuntimeError: the workers failed.
     """
     name = config.finder.stage
-    _check(config, (name,))
+    check_training(config)
     if config.ray.workers == 0:
         torch.set_num_threads(config.ray.threads)
         stages.find_learning_rate(config, name, Context())
@@ -80,12 +80,6 @@ def find_learning_rate(config: Config) -> None:
     except TrainingFailedError as error:
         _raise_refusal(error)
         raise RuntimeError(f"{name}: {_cause(error)}") from error
-
-
-def _check(config: Config, names: Sequence[str]) -> None:
-    for name in names:
-        check_sizes(config.training(name), config.ray.workers, "crm_train" if name == "crm" else "lora_train")
-    check_ray(config.ray)
 
 
 def _reached(config: Config, names: Sequence[str]) -> tuple[int, int]:

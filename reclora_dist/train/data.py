@@ -77,13 +77,12 @@ class Data:
         plans = [self._sequential(rank) for rank in range(self.context.world)]
         mine, most = plans[self.context.rank], max(plan.steps for plan in plans)
         labels, scores = [torch.zeros(0)], [torch.zeros(0)]
-        batch = None
-        with torch.no_grad(), closing(ahead(self._validated(mine), self.config.reader.prefetch)) as batches:
-            for batch in batches:
-                scores.append(score(model, batch.to(self.context.device)).float().cpu())
-                labels.append(batch.label.cpu())
-            for _ in range(most - mine.steps):  # ZeRO-3 gathers in every forward, so all ranks do equally many
-                score(model, (batch if batch is not None else self.first()).to(self.context.device))
+        with torch.no_grad(), closing(ahead(self._validated(mine, most), self.config.reader.prefetch)) as steps:
+            for batch, passes in steps:
+                for rows in spread(passes, self._most(len(passes))):
+                    part = _taken(batch, rows)
+                    scores.append(score(model, part.to(self.context.device)).float().cpu()[: len(rows)])
+                    labels.append(part.label[: len(rows)])
         gathered = self.context.gather((torch.cat(scores), torch.cat(labels)))
         every, truth = (torch.cat([part[i] for part in gathered]).numpy() for i in (0, 1))
         (found,) = auc_by_group(truth, every, np.zeros(len(truth), np.int64), 1)
@@ -117,16 +116,26 @@ class Data:
 
     def _micro(self, batch: Any, rows: Rows) -> MicroBatch:
         share = len(rows) * self.context.world / self.train.batch_size
-        if len(rows) < len(batch):  # a pass without rows takes any; it counts nothing
-            batch = batch.take(torch.from_numpy(rows if len(rows) else np.zeros(1, np.int64)))
+        batch = _taken(batch, rows)
         if self.train.packing and isinstance(batch, TextBatch):
             batch = batch.packed()
         return MicroBatch(batch.to(self.context.device), share)
 
-    def _validated(self, plan: SequentialPlan) -> Generator[Any, None, None]:
+    def _validated(self, plan: SequentialPlan, most: int) -> Generator[tuple[Any, list[Rows]], None, None]:
+        """Validation batches and their rows in each pass; ``most`` batches, as many on every rank as on any other."""
+        batch = None
         with closing(read_batches(self.folder, self.validation, plan, self.columns, self.config.reader)) as tables:
             for table in tables:
-                yield self.collate(table)
+                batch = self.collate(table)
+                yield batch, self._judged(batch)
+        for _ in range(most - plan.steps):  # ZeRO-3 gathers in every forward, so all ranks do equally many
+            yield batch if batch is not None else self.first(), by_rows(0, 1)
+
+    def _judged(self, batch: Any) -> list[Rows]:
+        """The rows of each pass of a validation batch; nothing is packed there."""
+        if self.train.micro_tokens and isinstance(batch, TextBatch):
+            return by_tokens(batch.last.numpy() + 1, self.train.micro_tokens)
+        return by_rows(len(batch), 1)
 
     def _plan(self, epoch: int, earlier: Sequence[Stretch]) -> EpochPlan:
         groups, context = row_groups(self.training), self.context
@@ -144,3 +153,10 @@ class Data:
         if not sum(entry.rows for entry in entries):
             raise ValueError(f"{self.folder.uri!r} has no rows in {prefix}; check events.fractions and shards.text_*")
         return entries
+
+
+def _taken(batch: Any, rows: Rows) -> Any:
+    """The rows of one pass; a pass without rows takes any, which count nothing."""
+    if len(rows) == len(batch):
+        return batch
+    return batch.take(torch.from_numpy(rows if len(rows) else np.zeros(1, np.int64)))

@@ -4,11 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 import deepspeed
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import (
     safe_get_full_fp32_param,

@@ -27,13 +27,13 @@ def diverged(stage: str, step: int, result: StepResult, lr: float) -> Diverged:
     )
 
 
-def out_of_memory(stage: str, step: int, micro_batches: Sequence[MicroBatch]) -> OutOfMemory:
-    """What to say of a step that did not fit."""
+def out_of_memory(stage: str, where: str, micro_batches: Sequence[MicroBatch]) -> OutOfMemory:
+    """What to say if memory ran out ``where``, in a step of these micro-batches or in the validation after it."""
     rows = max(len(batch) for batch, _ in micro_batches)
     return OutOfMemory(
-        f"{stage}: out of memory in step {step}, with up to {rows} samples per forward pass. Set micro_batch of its "
-        f"section to {max(1, rows // 2)} or micro_tokens, backbone.gradient_checkpointing=true, or a higher "
-        "engine.zero_stage, and run again: it goes on from the last checkpoint."
+        f"{stage}: out of memory in {where}, with up to {rows} samples per forward pass of the training. Set "
+        f"micro_batch of its section to {max(1, rows // 2)} or micro_tokens, backbone.gradient_checkpointing=true, or a "
+        "higher engine.zero_stage, and run again: it goes on from the last checkpoint."
     )
 
 

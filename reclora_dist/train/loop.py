@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -85,16 +85,17 @@ def fit(
 
     Raises:
         Diverged: loss or gradient is no number any more.
-        OutOfMemory: a forward or backward pass did not fit.
+        OutOfMemory: a forward or backward pass did not fit, in training or in validation.
     """
     run = _Run(task, config, context, resume)
     with store.writer(config.storage_patience, context.say) as writer:
         while not run.is_over():
             with closing(run.epoch()) as steps:
                 for micro_batches in steps:
-                    run.step(micro_batches)
-                    if run.validates:
-                        run.validate()
+                    with run.in_memory(micro_batches):
+                        run.step(micro_batches)
+                        if run.validates:
+                            run.validate()
                     if run.validates or run.done % config.checkpoint_every == 0:
                         save_checkpoint(run, writer)
                     if run.is_over():
@@ -142,18 +143,25 @@ class _Run:
         with closing(steps):
             yield from self.pace.waits(steps)
 
+    @contextmanager
+    def in_memory(self, micro_batches: MicroBatches) -> Iterator[None]:
+        """Say what to do if memory runs out in the next step or the validation after it."""
+        before = self.done
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            where = f"step {before + 1}" if self.done == before else f"the validation after step {self.done}"
+            raise out_of_memory(self.task.name, where, micro_batches) from error
+
     def step(self, micro_batches: MicroBatches) -> None:
         """One update."""
         number, engine = self.done, self.task.engine
         self.pace.measure(engine, micro_batches)
         torch.manual_seed(hash((self.config.seed, number, self.context.rank)))
         scale = schedule(number, self.total, self.config)
-        try:
-            result = engine.step(micro_batches, scale)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(self.task.name, number + 1, micro_batches) from error
+        result = engine.step(micro_batches, scale)
         if not (result.skipped or (math.isfinite(result.gradient_norm) and math.isfinite(result.loss))):
             raise diverged(self.task.name, number + 1, result, scale * self.config.lr)
         self.done += 1

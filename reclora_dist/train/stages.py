@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,7 @@ def prepare_adapter(config: Config, name: str, context: Context, fresh: bool = F
     crm_folder, crm_manifest = folder(config, "crm"), manifest(config, "crm", CRM)
     teach = _teacher(config, lora, shards, context)  # before our own model is there: two do not fit where one does
     adapter = adapter_config(config, name)
+    os.environ["DS_ACCELERATOR"] = context.device.type  # read when DeepSpeed is imported; else it takes what it finds
     if context.device.type == "cpu" and _is_emulated(config.backbone.dtype):
         context.say(
             f"{name}: backbone.dtype {config.backbone.dtype}, for which this processor has no instructions: several "

@@ -262,6 +262,13 @@ def test_torchrun_trains_without_ray(prepared: Path, tmp_path: Path) -> None:
     assert (run / "tensorboard" / "reclora").is_dir()
 
 
+def test_deepspeed_stays_on_the_cpu_where_the_context_does(prepared: Path, tmp_path: Path) -> None:
+    spawn(ddp_workers.beside_a_gpu, Path(shutil.copytree(prepared, tmp_path / "run")), tmp_path / "found", world=1)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["device"].startswith("cpu")
+    assert 0 < found["loss"] < 10
+
+
 def test_one_process_trains_with_deepspeed_in_half_precision(
     prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

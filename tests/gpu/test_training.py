@@ -1,5 +1,5 @@
 """On an accelerator: every engine trains the small run's adapter, in half precision too, as plain torch does on it;
-Ray Train gives a worker the accelerator, and both processors give a sample the same score."""
+Ray Train gives a worker the accelerator; both processors give a sample the same score, and a text the same vector."""
 
 import dataclasses
 import shutil
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from sample_data import small_config
 
+from reclora_dist.backbone.embed import TextEncoder
 from reclora_dist.config.schema import Config, EngineConfig, EvaluateConfig, RayConfig
 from reclora_dist.contract.manifest import read_manifest
 from reclora_dist.contract.parts import read_parts
@@ -62,6 +63,13 @@ def test_half_precision_trains(prepared: Path, tmp_path: Path, dtype: str) -> No
     _, auc = trained(prepared, tmp_path / "torch", EngineConfig(kind="torch"))
     _, other = trained(prepared, tmp_path / "run", EngineConfig(zero_stage=2), dtype)
     assert other == pytest.approx(auc, abs=3e-2)
+
+
+def test_vectors_are_those_of_the_cpu(prepared: Path) -> None:
+    texts = ["jazz record 1", "a much longer text about a soul record, number 7"]
+    found = TextEncoder(str(prepared / "backbone"), 32, "cuda")
+    assert found.model.device.type == "cuda"
+    np.testing.assert_allclose(found(texts), TextEncoder(str(prepared / "backbone"), 32)(texts), rtol=1e-3, atol=1e-3)
 
 
 def test_ray_trains_and_evaluates_there_and_scores_are_those_of_the_cpu(prepared: Path, tmp_path: Path) -> None:

@@ -174,6 +174,38 @@ def test_a_causal_family_scores_as_its_full_head_without_computing_it(family: st
     assert_default_targets_learn(backbone, names)
 
 
+def test_large_answers_of_a_half_precision_model_are_told_apart(tmp_path: Path) -> None:
+    """bfloat16 has steps of .125 there; the two logits must not be rounded before their difference is taken."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CAUSAL["llama"][0]).save_pretrained(tmp_path)
+    train_tokenizer(TEXTS, 320).save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneConfig(kind="causal", dtype="bfloat16"), str(tmp_path))
+    ids, mask, last = torch.randint(3, 300, (500, 6)), torch.ones(500, 6, dtype=torch.int64), torch.full((500,), 5)
+    backbone.answers = (20 / 16 + 0.1 * torch.randn(2, 16)).bfloat16()
+    with torch.no_grad():
+        backbone.model.embed_tokens.weight += 0.1  # type: ignore[union-attr, operator]  # the mean of all states
+        state = backbone.pooled(ids, mask, last).double()
+        logits = backbone(ids, mask, last)
+    assert 15 < logits.mean() < 25
+    torch.testing.assert_close(logits.double(), state @ backbone.answers.double().T, rtol=0, atol=1e-4)
+    assert len((logits[:, 1] - logits[:, 0]).unique()) > 250
+
+
+def test_an_encoders_head_scores_in_float32_though_the_model_was_cast(tmp_path: Path) -> None:
+    """DeepSpeed casts the head with the rest of the model."""
+    torch.manual_seed(0)
+    AutoModel.from_config(ENCODERS["bert"][0]).save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneConfig(kind="encoder"), str(tmp_path)).bfloat16()
+    logits = backbone(*prompts())
+    assert backbone.head is not None
+    assert logits.dtype == torch.float32
+    weight, bias = backbone.head.weight.double(), backbone.head.bias.double()
+    torch.testing.assert_close(logits.double(), backbone.pooled(*prompts()).double() @ weight.T + bias)
+    logits.sum().backward()
+    assert backbone.head.weight.grad is not None
+    assert backbone.head.weight.grad.any()
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_last_mlp_is_computed_only_where_the_score_is_read(family: str, tmp_path: Path) -> None:
     """With banks on all its layers, too; the gradients are those of the whole."""

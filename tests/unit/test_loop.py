@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from reclora_dist.train.context import Context
 from reclora_dist.train.engine import MicroBatch, StepResult, TorchEngine, build_optimiser, schedule
 from reclora_dist.train.errors import Diverged, OutOfMemory
 from reclora_dist.train.loop import FitResult, Progress, Task, fit
-from reclora_dist.train.pace import Report, forward_flops, slowest
+from reclora_dist.train.pace import Pace, Report, forward_flops, slowest
 
 
 class Killed(BaseException):
@@ -179,7 +179,7 @@ class Counted:
 
 def counted(
     folder: Path,
-    aucs: list[float],
+    aucs: Iterable[float],
     train: TrainConfig,
     context: Context | None = None,
     resume: bool = False,
@@ -269,6 +269,25 @@ def test_out_of_memory_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Counted, "step", full)
     with pytest.raises(OutOfMemory, match=r"counted: out of memory in step 1, with up to 1 samples .* micro_batch"):
+        counted(tmp_path, [0.5], TrainConfig())
+
+
+def test_memory_may_run_out_in_the_validation_and_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    def validated() -> Generator[float, None, None]:
+        full()
+        yield 0.5
+
+    with pytest.raises(
+        OutOfMemory, match="counted: out of memory in the validation after step 5, with up to 1 samples"
+    ):
+        counted(tmp_path, validated(), TrainConfig())
+    monkeypatch.setattr(Pace, "measure", full)
+    with pytest.raises(OutOfMemory, match="counted: out of memory in step 1, with up to 1 samples"):
         counted(tmp_path, [0.5], TrainConfig())
 
 

@@ -60,7 +60,7 @@ def test_all_banks_and_gates_get_gradients_and_nothing_else() -> None:
 
 def test_the_mixture_follows_the_crms_state() -> None:
     personal, batch = model().eval(), text_batch()
-    mixture = personal.mixture(batch)
+    mixture = personal.mixture(batch.crm)
     assert mixture is not None
     assert mixture.shape == (4, 4, 3)
     assert isinstance(personal.gates, GateStack)
@@ -130,7 +130,7 @@ def test_plain_lora_is_one_expert_without_gate() -> None:
     gated = model(LoraConfig(experts=1, rank=2, gate="crm")).eval()
     for name, bank in plain.banks.items():
         gated.banks[name].load_state_dict(bank.state_dict())
-    assert plain.mixture(text_batch()) is None
+    assert plain.mixture(text_batch().crm) is None
     torch.testing.assert_close(plain(text_batch()), gated(text_batch()))
 
 
@@ -251,7 +251,7 @@ def test_one_expert_is_plain_lora_whatever_the_gate(gate: Any) -> None:
 @pytest.mark.parametrize("gate", ["crm", "user", "id", "random", "uniform"])
 def test_mixtures_of_every_gate_sum_to_1(gate: Any) -> None:
     for shared in (False, gate != "uniform"):
-        mixture = model(LoraConfig(experts=3, rank=2, gate=gate, shared_gate=shared)).eval().mixture(text_batch())
+        mixture = model(LoraConfig(experts=3, rank=2, gate=gate, shared_gate=shared)).eval().mixture(text_batch().crm)
         assert mixture is not None
         assert mixture.shape == (4, 4, 3)
         torch.testing.assert_close(mixture.sum(-1), torch.ones(4, 4))
@@ -272,7 +272,7 @@ def other_target(batch: TextBatch) -> TextBatch:
 @pytest.mark.parametrize(("gate", "moves"), [("crm", True), ("user", False), ("id", False), ("random", False)])
 def test_only_the_crms_gate_knows_the_target_item(gate: Any, moves: bool) -> None:
     personal, batch = model(LoraConfig(experts=3, rank=2, gate=gate)).eval(), text_batch()
-    one, other = personal.mixture(batch), personal.mixture(other_target(batch))
+    one, other = personal.mixture(batch.crm), personal.mixture(other_target(batch).crm)
     assert one is not None
     assert other is not None
     assert torch.equal(one, other) != moves
@@ -280,7 +280,7 @@ def test_only_the_crms_gate_knows_the_target_item(gate: Any, moves: bool) -> Non
 
 def test_a_matrix_gate_gives_r_by_r_numbers_per_matrix_and_sample() -> None:
     for gate in ("crm", "user"):
-        mixture = model(LoraConfig(experts=1, rank=2, mode="matrix", gate=gate)).mixture(text_batch())  # type: ignore[arg-type]
+        mixture = model(LoraConfig(experts=1, rank=2, mode="matrix", gate=gate)).mixture(text_batch().crm)  # type: ignore[arg-type]
         assert mixture is not None
         assert mixture.shape == (4, 4, 4)
 
@@ -328,7 +328,7 @@ def test_fusion_reads_the_text_and_the_crms_state_whatever_their_scale() -> None
 
 def test_a_foreign_mixture_takes_the_place_of_the_own_and_of_nothing_else() -> None:
     personal, batch = model(LoraConfig(experts=3, rank=2, head="offset", temperature=0.1)).eval(), text_batch()
-    own = personal.mixture(batch)
+    own = personal.mixture(batch.crm)
     assert own is not None
     torch.testing.assert_close(personal(batch, own), personal(batch))
     foreign = personal(batch, own.roll(1, 1))
@@ -347,7 +347,7 @@ def test_the_balance_loss_evens_the_use_out_with_and_without_gradient_checkpoint
         if checkpointing:
             personal.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
         logits = personal(batch)
-        mixture = personal.mixture(batch)
+        mixture = personal.mixture(batch.crm)
         assert mixture is not None
         loss = adapter_loss(personal)(logits, batch)
         torch.testing.assert_close(loss, text_loss(logits, batch) + 0.5 * imbalance(mixture))
@@ -363,4 +363,4 @@ def test_the_balance_loss_evens_the_use_out_with_and_without_gradient_checkpoint
         personal(batch)
         (adapter_loss(personal)(torch.zeros(4, 2), batch)).backward()
         optimiser.step()
-    assert imbalance(personal.mixture(batch)).item() < before / 2  # type: ignore[arg-type]
+    assert imbalance(personal.mixture(batch.crm)).item() < before / 2  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Scoring with an adapter folder: batching, moving, and everything that does not belong together is refused."""
 
+import copy as copies
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
-from reclora_dist.evaluate.scorer import Scorer, feature_store, referenced, shuffled
+from reclora_dist.evaluate.scorer import PASS_TOKENS, Scorer, feature_store, referenced, shuffled
 from reclora_dist.lora.adapter import load_trained, read_adapter_config
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
@@ -101,8 +102,19 @@ def test_batching_changes_nothing(scorer: Scorer, rows: pa.Table, scores: np.nda
     few = rows.slice(3, 40)
     other = Scorer(scorer.model, scorer.config, scorer.collate, batch_size=size)
     np.testing.assert_allclose(other.score(few), scores[3:43], atol=1e-6)
-    np.testing.assert_allclose(other.crm_score(few), scorer.crm_score(rows)[3:43], atol=1e-6)
     np.testing.assert_allclose(other.mixtures(few), scorer.mixtures(rows)[3:43], atol=1e-5)
+
+
+def test_long_prompts_are_scored_few_at_a_time(scorer: Scorer, rows: pa.Table) -> None:
+    """More of them on a GPU, where there is no bound by caches but one by memory."""
+    batch = scorer.collate(rows.take(pa.array([0] * 2000)))
+    for device, tokens in PASS_TOKENS.items():
+        other = copies.copy(scorer)
+        other.device = torch.device(device)
+        passes = other._passes(batch)
+        assert sorted(np.concatenate(passes)) == list(range(2000))
+        sizes = [batch.take(torch.from_numpy(part)).size for part in passes]
+        assert tokens - batch.input_ids.shape[1] < max(sizes) <= tokens
 
 
 def test_no_row_is_no_score(scorer: Scorer, rows: pa.Table) -> None:
@@ -110,7 +122,7 @@ def test_no_row_is_no_score(scorer: Scorer, rows: pa.Table) -> None:
 
 
 def test_mixtures_are_one_per_row_and_matrix(scorer: Scorer, run: Path, rows: pa.Table) -> None:
-    found = scorer.mixtures(rows)
+    found = scorer.mixtures(rows.drop_columns(["short_items", "short_levels"]))
     assert found.shape == (rows.num_rows, 4, 4)
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
     plain = Scorer.load(adapter(run, "lora"))

@@ -1,11 +1,17 @@
-"""Choices made before a cluster starts; the clusters themselves are started in tests/ray_local."""
+"""Choices made before a cluster starts, or without one; the clusters themselves are started in tests/ray_local."""
 
+import dataclasses
 import os
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sample_data import small_config
 
-from reclora_dist.ray_app import session
+from reclora_dist.config.schema import LoraConfig, RayConfig
+from reclora_dist.ray_app import pipeline, session, trainer
+from reclora_dist.ray_app.scrape import series_of
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +64,33 @@ def test_a_long_temp_folder_is_not_used_because_socket_paths_are_short(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 60)))
     with session._temp_dir() as folder:
         assert folder.parent == Path("/tmp")
+
+
+@pytest.mark.parametrize(
+    ("lora", "all_series"),
+    [
+        (LoraConfig(experts=4), True),
+        (LoraConfig(experts=4, gate="id"), True),
+        (LoraConfig(experts=1, mode="matrix"), False),
+        (LoraConfig(experts=1), False),
+        (LoraConfig(experts=1, gate="none"), False),
+    ],
+)
+def test_the_series_of_the_gates_are_expected_only_where_a_training_says_how_experts_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: LoraConfig, all_series: bool
+) -> None:
+    config = small_config(tmp_path, adapters={"it": lora}, ray=RayConfig(workers=1))
+    costs = iter([{}, {"stage_seconds": 1.0}])
+    monkeypatch.setattr(pipeline, "_costs", lambda *_: next(costs))
+    there: Any = object()
+    run = pipeline.Session(config, ExitStack(), there, scraper=there)
+    pipeline._train([pipeline.Stage("adapter it", trains="it")], run, {})
+    assert run.emitted == (series_of("train") if all_series else set())
+
+
+def test_a_training_refuses_its_settings_by_their_place(tmp_path: Path) -> None:
+    config = small_config(tmp_path, ray=RayConfig(workers=3))
+    lora = dataclasses.replace(config.adapters["lora"], train={"batch_size": 2})
+    config = dataclasses.replace(config, adapters={"lora": lora})
+    with pytest.raises(ValueError, match=r"^adapters\.lora\.train\.batch_size 2 leaves some of 3 workers"):
+        trainer.train_all(config, ("lora",))

@@ -2,9 +2,11 @@
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from reclora_dist.contract.manifest import add_file, commit, read_manifest
 from reclora_dist.contract.schema import ADAPTER, CRM, EVENTS, SHARDS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
-from reclora_dist.data.collate import CRM_COLUMNS, crm_batch
+from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch
 from reclora_dist.data.plan import SequentialPlan, row_groups
 from reclora_dist.data.readers import read_batches
+from reclora_dist.evaluate.scorer import text_collator
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
 from reclora_dist.train.data import Data
@@ -128,6 +131,61 @@ def test_the_crms_stored_answers_are_those_it_gives(prepared: Path) -> None:
         assert user_state.shape[1] == (0 if gate == "crm" else crm.user_state_width)
     with pytest.raises(KeyError, match="not asked about sample -1"):
         answers.of(torch.tensor([-1]))
+
+
+class Together(Context):
+    """Workers that are threads of this process."""
+
+    values: ClassVar[dict[int, Any]]
+    barrier: ClassVar[threading.Barrier]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier.wait(60)
+        found = [self.values[rank] for rank in range(self.world)]
+        self.barrier.wait(60)
+        return found
+
+
+class Untrained:
+    model = torch.nn.Linear(1, 1)
+
+
+def test_a_token_budget_bounds_the_validation_on_all_workers(prepared: Path) -> None:
+    """Every row is scored once; a worker with fewer or shorter rows makes as many passes as the others."""
+    shards = read_manifest(Folder(str(prepared / "shards")), SHARDS)
+    groups = row_groups(shards.select("text/split=validation/"))
+    rows, world = sum(group.rows for group in groups), 7
+    assert {SequentialPlan(groups, 24, rank, world).steps for rank in range(world)} == {1, 2}
+    settings = config(prepared, lora_train={"batch_size": 6 * world, "micro_tokens": 300})
+    collate = text_collator(
+        stages.adapter_config(settings, "reclora"), Folder(str(prepared / "events")), str(prepared / "backbone")
+    )
+    Together.values, Together.barrier = {}, threading.Barrier(world)
+    seen: dict[int, list[Any]] = {rank: [] for rank in range(world)}
+
+    def score(rank: int, batch: Any) -> Tensor:
+        seen[rank].append(batch)
+        return batch.crm.item.float()
+
+    def auc(rank: int) -> float:
+        context = Together(rank, world)
+        data = Data(settings, shards, "text", TEXT_COLUMNS, collate, settings.lora_train, context)
+        return data.auc(Untrained(), lambda _, batch: score(rank, batch))  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(world) as pool:
+        (found,) = set(pool.map(auc, range(world)))
+    assert len({len(batches) for batches in seen.values()}) == 1
+    assert max(batch.size for batches in seen.values() for batch in batches) <= 300
+    (whole,) = read_batches(
+        Folder(str(prepared / "shards")),
+        shards.select("text/split=validation/"),
+        SequentialPlan(groups, rows),
+        TEXT_COLUMNS,
+    )
+    scores, labels = whole["item"].to_numpy(), whole["label"].to_numpy()
+    pairs = scores[labels == 1][:, None] - scores[labels == 0][None]
+    assert found == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
 
 
 def test_batches_of_all_workers_are_the_step(prepared: Path) -> None:
