@@ -19,7 +19,7 @@ import pytest
 from reclora_dist.contract.manifest import ContractError, add_file, commit, read_manifest, verified
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder, StorageFullError
-from spark_jobs import session
+from spark_jobs import build_events, session
 
 ROOT = Path(__file__).parents[2]
 LOG = [(f"u{u}", f"i{i}", 1 + (u + i) % 5, 10 * i + u) for u in range(6) for i in range(8)]
@@ -70,6 +70,27 @@ def events(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     pq.write_table(table(), folder / "a.parquet")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("raw/events", "lie in one another: choose an output folder beside the input"),
+        ("raw", "lie in one another"),
+        ("raw/events/new", "lie in one another"),
+        ("shop", "holds 'notes.txt', which no writer of 'reclora.events' left there"),
+    ],
+)
+def test_an_output_folder_with_files_of_others(
+    events: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, words: str
+) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "notes.txt").write_text("the only copy")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    assert build_events.cli([*settings, "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / out)]) == 2
+    assert words in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["0.parquet", "b.parquet"])
