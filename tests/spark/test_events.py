@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from reclora_dist.contract import schema
 from reclora_dist.contract.parts import read_parts
@@ -47,6 +48,19 @@ def test_core_positions_and_order(run, rows, csv, tmp_path: Path) -> None:
         assert event["level"] == event["rating"] and event["label"] == (event["rating"] >= 4)
         seen[event["user"]] += 1
     assert made.facts["counts"]["k_core"] == made.facts["counts"]["events"] == len(left)
+
+
+@pytest.mark.parametrize("levels", ["[]", "[0.3,0.7]"])
+def test_a_rating_at_the_threshold_is_a_like(run, rows, csv, tmp_path: Path, levels: str) -> None:
+    log = [(f"u{u}", f"i{i}", (0.3, 0.7)[(u + i) % 2], 10 * i + u) for u in range(6) for i in range(8)]
+    made = run(
+        "build_events", tmp_path / "out", *csv.settings, f"rating_levels={levels}", "like_at_least=0.7", "k_core=0",
+        "min_history=2", raw=csv.write(tmp_path / "raw", log),
+    )  # fmt: skip
+    assert made.facts["level_likes"] == [0, 1]
+    events = rows(tmp_path / "out", made, "events/")
+    assert [event["label"] for event in events] == [int(event["rating"] > 0.5) for event in events]
+    assert [event["level"] for event in events] == [1 + event["label"] for event in events]
 
 
 def test_tables_have_the_schemas_of_the_contract(finished) -> None:
