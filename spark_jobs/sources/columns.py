@@ -50,8 +50,7 @@ def columns(spark: SparkSession, folder: Folder, source: SourceConfig) -> RawLog
     frame = _events(spark, folder, source, list(needed.values()))
     for key, name in needed.items():
         _check(frame, folder, source.events, key, name, kinds[key])
-    if isinstance(frame.schema[source.rating].dataType, T.BooleanType):
-        frame = frame.withColumn(source.rating, F.col(f"`{source.rating}`").cast("int"))
+    frame = frame.withColumn(source.rating, _number(source.rating, frame.schema[source.rating].dataType))
     late = _late(frame, source) if any(source.days) else None
     events = events_of(frame, source.user, source.item, source.rating, source.time, source.time_unit, late)
     items = _profile(spark, folder, source, source.items, "item")
@@ -84,6 +83,17 @@ def _events(spark: SparkSession, folder: Folder, source: SourceConfig, used: Seq
     if not any(source.days) or DELIVERED in frame.columns:
         return frame
     return frame.withColumn(DELIVERED, F.regexp_extract(F.col(PLACE)["file"], r"date=(\d{4}-\d\d-\d\d)", 1))
+
+
+def _number(name: str, kind: T.DataType) -> Column:
+    """A column with booleans, also such as are words in a text, as 1 and 0."""
+    column = F.col(f"`{name}`")
+    if isinstance(kind, T.BooleanType):
+        return column.cast("int")
+    if not isinstance(kind, T.StringType):
+        return column
+    word = F.lower(F.trim(column))
+    return F.when(word == "true", "1").when(word == "false", "0").otherwise(column)
 
 
 def _late(frame: DataFrame, source: SourceConfig) -> Column:

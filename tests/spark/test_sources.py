@@ -79,10 +79,10 @@ def test_columns_in_every_format(spark, tmp_path: Path, layout: str) -> None:
     if layout == "parquet":
         pq.write_table(table, tmp_path / "log" / "x.parquet")
     elif layout == "json":
-        rows = [{"u": "a", "i": 7, "r": 1, "t": "2020-09-13T12:26:40Z"}, {"i": 8, "r": 0, "t": 1600000001}]
+        rows = [{"u": "a", "i": 7, "r": True, "t": "2020-09-13T12:26:40Z"}, {"i": 8, "r": False, "t": 1600000001}]
         (tmp_path / "log" / "x.json").write_text("\n".join([*map(json.dumps, rows), "{broken"]) + "\n")
     else:
-        (tmp_path / "log" / "x.csv").write_text("u,i,r,t\na,7,1,2020-09-13 12:26:40\n,8,0,1600000001.0\n")
+        (tmp_path / "log" / "x.csv").write_text("u,i,r,t\na,7,True,2020-09-13 12:26:40\n,8,FALSE,1600000001.0\n")
     log = opened(
         spark, tmp_path, f"format={layout}", "events=log", "items=", "user=u", "item=i", "rating=r", "time=t"
     )  # fmt: skip
