@@ -13,8 +13,8 @@ from urllib.parse import unquote
 from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
 
-OURS = {"spark.sql.session.timeZone": "UTC"}
-"""What no site may have otherwise: how times without a zone are read."""
+OURS = {"spark.sql.session.timeZone": "UTC", "spark.sql.legacy.parquet.nanosAsLong": "true"}
+"""What no site may have otherwise: how times without a zone are read, and nanoseconds, for which Spark has no type."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 """Where this process has the package from: a checkout, a folder of installed packages, or a wheel."""

@@ -27,7 +27,7 @@ from spark_jobs.sources.raw import (
     table_of,
     with_corrupt,
 )
-from spark_jobs.sources.uniform import check_uniform
+from spark_jobs.sources.uniform import NANOSECONDS, check_uniform
 
 DELIVERED = "_delivered"
 
@@ -113,14 +113,23 @@ def _table(
         return _own(spark, folder, name, places)
     paths = [spark_path(folder, place) for place in places]
     if source.format == "parquet":
-        for place in places:
-            check_uniform(spark, folder, place, used)
-        return placed(spark.read.parquet(*paths))
+        kinds = check_uniform(spark, folder, name, places, used)
+        nanoseconds = [column for column, kind in kinds.items() if kind == NANOSECONDS]
+        return _in_microseconds(placed(spark.read.parquet(*paths)), nanoseconds)
     if source.format == "json":
         reader = spark.read.option("primitivesAsString", True).option("columnNameOfCorruptRecord", CORRUPT)
         return placed(reader.json(paths))
     header = spark.read.option("header", True).option("escape", '"').csv(paths[0]).columns
     return delimited(spark, paths, header, {"header": True, "quote": '"', "escape": '"', "enforceSchema": False})
+
+
+def _in_microseconds(frame: DataFrame, names: Sequence[str]) -> DataFrame:
+    """Columns that hold nanoseconds as numbers (see ``session.OURS``) as timestamps, cut to what Spark can hold."""
+    for name in names:
+        moment = F.col(f"`{name}`")
+        whole = F.call_function("div", moment - F.pmod(moment, F.lit(1000)), F.lit(1000))
+        frame = frame.withColumn(name, F.timestamp_micros(whole))
+    return frame
 
 
 def _own(spark: SparkSession, folder: Folder, name: str, places: Sequence[str]) -> DataFrame:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -130,6 +131,25 @@ def test_parquet_files_with_other_columns(run, old: Path, events: Path, tmp_path
     pq.write_table(other(change), events / "b.parquet")
     words = rf"column 'rating' differs between the files of 'events' in .*: int64 in 'events/a.parquet', {kind} in "
     refused(run, old, tmp_path, words + "'events/b.parquet'. Write all files with the same columns")
+
+
+def test_parquet_files_of_other_precision(run, old: Path, events: Path, tmp_path: Path) -> None:
+    good = table()
+    for name, unit in (("a", "us"), ("b", "ns")):
+        pq.write_table(
+            good.set_column(3, "timestamp", good["timestamp"].cast(pa.timestamp(unit))), events / f"{name}.parquet"
+        )
+    words = r"column 'timestamp' differs between the files of 'events' in .*: timestamp in 'events/a.parquet', "
+    refused(run, old, tmp_path, words + r"timestamp\[ns\] in 'events/b.parquet'. Write all files with the same columns")
+
+
+def test_old_timestamps_are_read_beside_new_ones(run, events: Path, tmp_path: Path) -> None:
+    good = table()
+    moments = good.set_column(3, "timestamp", pc.multiply(good["timestamp"], 1_000_000).cast(pa.timestamp("us", "UTC")))
+    pq.write_table(moments[:24], events / "a.parquet")
+    pq.write_table(moments[24:], events / "b.parquet", use_deprecated_int96_timestamps=True)
+    made = run("build_events", tmp_path / "out", *SETTINGS, raw=tmp_path / "raw")
+    assert made.facts["counts"]["clean"] == len(LOG)
 
 
 def test_a_profile_column_that_some_files_lack(run, old: Path, events: Path, tmp_path: Path) -> None:

@@ -94,6 +94,19 @@ def test_columns_in_every_format(spark, tmp_path: Path, layout: str) -> None:
         assert values(log.events, CORRUPT)[2] == ("{broken",)
 
 
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+def test_nanoseconds_in_parquet(spark, tmp_path: Path, zone: str | None) -> None:
+    moments = [1_600_000_000_123_456_789, 1_600_000_000_123_999_999, -1, None]
+    table = pa.table(
+        {"u": list("abcd"), "i": list("wxyz"), "r": [1, 2, 3, 4], "t": pa.array(moments, pa.timestamp("ns", zone))}
+    )
+    pq.write_table(table.append_column("unused", table["t"]), tmp_path / "log.parquet")
+    log = opened(
+        spark, tmp_path, "format=parquet", "events=log.parquet", "items=", "user=u", "item=i", "rating=r", "time=t"
+    )  # fmt: skip
+    assert values(log.events, "time_ms") == [(1_600_000_000_123,), (1_600_000_000_123,), (-1,), (None,)]
+
+
 def test_csv_files_with_other_columns_are_refused(run, csv, tmp_path: Path) -> None:
     (tmp_path / "raw" / "events").mkdir(parents=True)
     (tmp_path / "raw" / "events" / "a.csv").write_text("user_id,item_id,rating,timestamp\nu,i,1,2\n")
