@@ -10,11 +10,12 @@ if not __package__:  # spark-submit runs this file by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reclora_dist.config.schema import EventsConfig
+from reclora_dist.contract.manifest import MANIFEST
 from reclora_dist.contract.schema import EVENTS
 from reclora_dist.contract.storage import Folder
 from spark_jobs.days import Before, check_days, check_follows
 from spark_jobs.privacy import read_privacy
-from spark_jobs.sources.layout import fingerprint
+from spark_jobs.sources.layout import fingerprint, tables
 from spark_jobs.stage import Inputs, Job, Output, main
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ def prepare(config: EventsConfig, inputs: Inputs) -> tuple[EventsConfig, Inputs]
         raise ValueError("where is the raw log? Give --raw, or set source.path")
     privacy = read_privacy(config.privacy, config.source.user)
     parents = {**inputs.parents, "raw": privacy.fingerprint(fingerprint(config.source, folder))}
+    places = {} if folder.exists(MANIFEST) else {name: folder.child(name) for name in tables(config.source, folder)}
     before = _before(inputs)
     if before:
         check_follows(config, privacy, before)
     source, settings = replace(config.source, path=""), replace(config.privacy, key_file="", delete="")
     return replace(config, source=source, privacy=settings), replace(
-        inputs, folders={**inputs.folders, "raw": folder.absolute()}, parents=parents, privacy=privacy
+        inputs, folders={**inputs.folders, "raw": folder.absolute()}, parents=parents, privacy=privacy, tables=places
     )
 
 

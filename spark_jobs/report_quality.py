@@ -134,6 +134,7 @@ JOB = Job(
     inputs={"events": "folder of the events", "shards": "folder of the shards"},
     formats={"events": EVENTS, "shards": SHARDS},
     prepare=check,
+    fixed=frozenset(f"{name}.{suffix}" for name in (GOOD, FAILED) for suffix in ("json", "html")),
 )
 
 

@@ -13,6 +13,9 @@ from urllib.parse import unquote
 from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
 
+OURS = {"spark.sql.session.timeZone": "UTC", "spark.sql.legacy.parquet.nanosAsLong": "true"}
+"""What no site may have otherwise: how times without a zone are read, and nanoseconds, for which Spark has no type."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 """Where this process has the package from: a checkout, a folder of installed packages, or a wheel."""
 
@@ -20,7 +23,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, conf: Mapping[str, str]) -> SparkSession:
     """Start (or, under spark-submit, join) Spark.
 
-    Properties that spark-submit was given come first, then ``conf``, then the other arguments.
+    ``OURS`` come first, then the properties that spark-submit was given, then ``conf``, then the other arguments.
 
     Raises:
         ValueError: a local master could not write its scratch files.
@@ -31,7 +34,6 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         "spark.master": master,
         "spark.driver.memory": driver_memory,
         "spark.sql.shuffle.partitions": str(shuffle_partitions),
-        "spark.sql.session.timeZone": "UTC",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         **(_local() if local else {}),
         **conf,
@@ -43,6 +45,8 @@ def start(job: str, master: str, driver_memory: str, shuffle_partitions: int, co
         if key not in given:
             settings.set(key, value)
     spark = SparkSession.builder.appName(f"reclora {job}").config(conf=settings).getOrCreate()
+    for key, value in OURS.items():
+        spark.conf.set(key, value)
     if not is_local(spark):
         _ship(spark.sparkContext)
     return spark

@@ -17,6 +17,7 @@ from reclora_dist.contract.manifest import (
     FileEntry,
     Format,
     Manifest,
+    check_output,
     commit,
     digest,
     is_current,
@@ -41,12 +42,21 @@ class Output:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads: folders by name, the manifests of those that have one, and whom to keep the data from."""
+    """What a job reads: folders by name, the manifests of those that have one, and whom to keep the data from.
+
+    ``tables`` are what is read of the folder ``raw``, if it is not all of it.
+    """
 
     folders: Mapping[str, Folder]
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     parents: Mapping[str, str] = field(default_factory=dict)
     privacy: Privacy = field(default_factory=Privacy)
+    tables: Mapping[str, Folder] = field(default_factory=dict)
+
+    @property
+    def read(self) -> dict[str, Folder]:
+        """The places that are read, by name."""
+        return {**{name: at for name, at in self.folders.items() if name != "raw" or not self.tables}, **self.tables}
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Job:
 
     ``run(spark, config, inputs, out)`` writes files; ``inputs`` maps an option to its help, those in ``optional`` may
     be left out; ``formats`` names the dataset format of each input that has a manifest; ``prepare`` looks at
-    configuration and inputs before Spark starts and may replace both.
+    configuration and inputs before Spark starts and may replace both; ``fixed`` are files that it writes under names
+    without a digest.
     """
 
     name: str
@@ -67,6 +78,7 @@ class Job:
     optional: frozenset[str] = frozenset()
     formats: Mapping[str, Format] = field(default_factory=dict)
     prepare: Callable[[Any, Inputs], tuple[Any, Inputs]] = lambda config, inputs: (config, inputs)
+    fixed: frozenset[str] = frozenset()
 
 
 def say(job: str, text: str) -> None:
@@ -99,6 +111,7 @@ def _run(job: Job, given: Any, keep: bool) -> None:
         say(job.output.name.rpartition(".")[2], "up to date")
         manifest = read_manifest(out, job.output)
     else:
+        check_output(out, job.output, inputs.read, job.fixed)
         manifest = execute(job, config, inputs, out, given, keep)
     metrics.record(manifest, time.monotonic() - began)
     if given.metrics_file:
@@ -169,6 +182,6 @@ def plainly() -> Iterator[None]:
 def publish(job: Job, config: Any, inputs: Inputs, out: Folder, output: Output) -> Manifest:
     """Commit what a job wrote."""
     files = tuple(sorted(output.files, key=lambda entry: entry.path))
-    return commit(
-        out, Manifest(job.output.name, job.output.version, digest(config), inputs.parents, files, dict(output.facts))
-    )
+    facts = dict(output.facts)
+    made = Manifest(job.output.name, job.output.version, digest(config), inputs.parents, files, facts)
+    return commit(out, made, job.fixed)

@@ -1,20 +1,24 @@
 """The manifest of a dataset folder: what it holds, what made it, and the digests that prove it.
 
 A stage writes its files under names that carry their content's digest and ``manifest.json`` last: the manifest is the
-commit. A stage that dies before it leaves the old manifest and the old files; files that no manifest names are removed
-by the next commit.
+commit. A stage that dies before it leaves the old manifest and the old files. The next commit removes the files of the
+old manifest and what was left half done; files that are not ours stay.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from reclora_dist.contract.storage import Folder
 
 MANIFEST = "manifest.json"
+
+_OURS = re.compile(r"(-[0-9a-f]{12}\.\w+|\.partial)$")
+"""The end of the names that writers give: the content's digest, or that the file is half written."""
 
 
 class ContractError(ValueError):
@@ -131,15 +135,64 @@ def _parse(folder: Folder) -> dict[str, Any]:
     return raw
 
 
-def commit(folder: Folder, manifest: Manifest) -> Manifest:
-    """Publish ``manifest`` in ``folder``, then remove the files that it does not name."""
+def commit(folder: Folder, manifest: Manifest, fixed: Collection[str] = ()) -> Manifest:
+    """Publish ``manifest`` in ``folder``, then remove the files of ours that it does not name.
+
+    Ours are the files of the manifest before, those that end as only our writers have them end, and those in ``fixed``.
+    """
+    before = _named(folder)
     record = {**dataclasses.asdict(manifest), "content_digest": manifest.content_digest}
     folder.write(MANIFEST, json.dumps(record, indent=1).encode() + b"\n")
     keep = {entry.path for entry in manifest.files} | {MANIFEST}
     for name in folder.files():
-        if name not in keep:
+        if name not in keep and (name in before or name in fixed or _OURS.search(name)):
             folder.delete(name)
     return manifest
+
+
+def _named(folder: Folder) -> set[str]:
+    """The files that the folder's manifest names; none where it is missing, damaged or not ours."""
+    try:
+        return {entry.path for entry in _build(folder, _parse(folder)).files} if folder.exists(MANIFEST) else set()
+    except ContractError:
+        return set()
+
+
+def check_output(folder: Folder, expected: Format, inputs: Mapping[str, Folder], fixed: Collection[str] = ()) -> None:
+    """Refuse a folder as the place of an output that would mix with an input or with what is not ours.
+
+    Args:
+        folder: where a dataset of the format ``expected`` is to be written.
+        inputs: what is read for it, by the name to call it by.
+        fixed: files of such a dataset whose names carry no digest.
+
+    Raises:
+        ContractError: it is, holds or lies in an input; or it holds a foreign file and no dataset of that format.
+    """
+    for name, source in inputs.items():
+        if folder.holds(source) or source.holds(folder):
+            raise ContractError(
+                f"the output {folder.uri!r} and the input {source.uri!r} ({name}) lie in one another: choose an output "
+                "folder beside the input."
+            )
+    made = _format(folder)
+    if made == expected.name:
+        return
+    known = {*fixed, *([] if made else [MANIFEST])}
+    foreign = next((name for name in folder.files() if name not in known and not _OURS.search(name)), None)
+    if foreign:
+        raise ContractError(
+            f"the output {folder.uri!r} holds {foreign!r}, which no writer of {expected.name!r} left there: choose an "
+            "empty folder, or move away what is in this one."
+        )
+
+
+def _format(folder: Folder) -> str:
+    """The format that the folder's manifest names; empty where there is none that can be read."""
+    try:
+        return str(_parse(folder).get("format")) if folder.exists(MANIFEST) else ""
+    except ContractError:
+        return ""
 
 
 def is_current(folder: Folder, expected: Format, config_digest: str, parents: Mapping[str, str]) -> bool:

@@ -65,6 +65,15 @@ class Folder:
         path = posixpath.relpath(there[2], here[2])
         return path if path.startswith(".") else f"./{path}"
 
+    def holds(self, other: "Folder") -> bool:
+        """Whether ``other`` is this folder or lies below it."""
+        return type(self.fs) is type(other.fs) and other._real().startswith(self._real())
+
+    def _real(self) -> str:
+        """The path without symbolic links, ending in a slash."""
+        path = self.path()
+        return (os.path.realpath(path) if isinstance(self.fs, LocalFileSystem) else path).rstrip("/") + "/"
+
     def exists(self, name: str) -> bool:
         """Whether a file or folder of that name is there."""
         return bool(self.fs.exists(self.path(name)))

@@ -350,10 +350,10 @@ def _overridden(fields: NDArray[np.int32], profile: Mapping[int, int]) -> NDArra
 
 
 def _array(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """A vector, or a matrix as lists of fixed size, as a column of type ``kind``."""
-    if not pa.types.is_fixed_size_list(kind):
+    """A vector, or a matrix as lists of fixed size (plain lists if it has no columns), as a column of type ``kind``."""
+    if values.ndim == 1:
         return pa.array(values, kind)
-    if not kind.list_size:
+    if not values.shape[1]:
         return pa.array([[]] * len(values), kind)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind.value_type), type=kind)
 

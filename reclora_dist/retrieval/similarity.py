@@ -146,9 +146,9 @@ def check_grid(vectors: NDArray[np.float32]) -> None:
         bad = ((steps != np.rint(steps)) | ~np.isfinite(steps)).any(axis=1) | ((steps**2).sum(axis=1) > GRID**2)
         if bad.any():
             raise ValueError(
-                f"the vector of item {row + int(bad.argmax())} is not on the grid (multiples of 1/{GRID}, length at "
-                "most 1), so its cosines would not be exact. Make the vectors with `embed`, or pass them through "
-                "reclora_dist.retrieval.on_grid."
+                f"the vector of item {row + int(bad.argmax())} is not on the grid (finite multiples of 1/{GRID}, "
+                "length at most 1), so its cosines would not be exact. Make the vectors with `embed`, or pass them "
+                "through reclora_dist.retrieval.on_grid."
             )
         row += len(block)
 

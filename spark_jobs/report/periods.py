@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DAY = 86_400_000
-"""Milliseconds of a day."""
-
 SLICES = 50
 LONGEST = 1000
 """Days, or weeks, that are still shown one by one."""

@@ -15,8 +15,9 @@ from reclora_dist.contract.manifest import FileEntry, Manifest
 from reclora_dist.contract.parts import open_part
 from reclora_dist.contract.schema import SPLITS
 from reclora_dist.contract.storage import Folder
+from spark_jobs.days import MS_PER_DAY
 from spark_jobs.parts import each_part
-from spark_jobs.report.periods import DAY, SLICES, Periods, slices, spans
+from spark_jobs.report.periods import SLICES, Periods, slices, spans
 from spark_jobs.transforms.settle import settle
 
 TALLY = "kind string, key bigint, rows bigint, likes bigint"
@@ -106,7 +107,7 @@ def _count_events(clean: int, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]
     label, time = _numbers(batch, "label"), _numbers(batch, "time")
     for kind in ("user", "item", "level"):
         yield _counted(kind, _numbers(batch, kind), label)
-    yield _counted("day", time // DAY, label)
+    yield _counted("day", time // MS_PER_DAY, label)
     yield _counted("slice", slices(time, clean), label)
 
 

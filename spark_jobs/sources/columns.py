@@ -27,7 +27,7 @@ from spark_jobs.sources.raw import (
     table_of,
     with_corrupt,
 )
-from spark_jobs.sources.uniform import check_uniform
+from spark_jobs.sources.uniform import NANOSECONDS, check_uniform
 
 DELIVERED = "_delivered"
 
@@ -50,8 +50,7 @@ def columns(spark: SparkSession, folder: Folder, source: SourceConfig) -> RawLog
     frame = _events(spark, folder, source, list(needed.values()))
     for key, name in needed.items():
         _check(frame, folder, source.events, key, name, kinds[key])
-    if isinstance(frame.schema[source.rating].dataType, T.BooleanType):
-        frame = frame.withColumn(source.rating, F.col(f"`{source.rating}`").cast("int"))
+    frame = frame.withColumn(source.rating, _number(source.rating, frame.schema[source.rating].dataType))
     late = _late(frame, source) if any(source.days) else None
     events = events_of(frame, source.user, source.item, source.rating, source.time, source.time_unit, late)
     items = _profile(spark, folder, source, source.items, "item")
@@ -86,6 +85,17 @@ def _events(spark: SparkSession, folder: Folder, source: SourceConfig, used: Seq
     return frame.withColumn(DELIVERED, F.regexp_extract(F.col(PLACE)["file"], r"date=(\d{4}-\d\d-\d\d)", 1))
 
 
+def _number(name: str, kind: T.DataType) -> Column:
+    """A column with booleans, also such as are words in a text, as 1 and 0."""
+    column = F.col(f"`{name}`")
+    if isinstance(kind, T.BooleanType):
+        return column.cast("int")
+    if not isinstance(kind, T.StringType):
+        return column
+    word = F.lower(F.trim(column))
+    return F.when(word == "true", "1").when(word == "false", "0").otherwise(column)
+
+
 def _late(frame: DataFrame, source: SourceConfig) -> Column:
     """The fault of an event that did not happen on the day it came with (UTC)."""
     moment = milliseconds(source.time, frame.schema[source.time].dataType, source.time_unit)
@@ -103,14 +113,23 @@ def _table(
         return _own(spark, folder, name, places)
     paths = [spark_path(folder, place) for place in places]
     if source.format == "parquet":
-        for place in places:
-            check_uniform(spark, folder, place, used)
-        return placed(spark.read.parquet(*paths))
+        kinds = check_uniform(spark, folder, name, places, used)
+        nanoseconds = [column for column, kind in kinds.items() if kind == NANOSECONDS]
+        return _in_microseconds(placed(spark.read.parquet(*paths)), nanoseconds)
     if source.format == "json":
         reader = spark.read.option("primitivesAsString", True).option("columnNameOfCorruptRecord", CORRUPT)
         return placed(reader.json(paths))
     header = spark.read.option("header", True).option("escape", '"').csv(paths[0]).columns
     return delimited(spark, paths, header, {"header": True, "quote": '"', "escape": '"', "enforceSchema": False})
+
+
+def _in_microseconds(frame: DataFrame, names: Sequence[str]) -> DataFrame:
+    """Columns that hold nanoseconds as numbers (see ``session.OURS``) as timestamps, cut to what Spark can hold."""
+    for name in names:
+        moment = F.col(f"`{name}`")
+        whole = F.call_function("div", moment - F.pmod(moment, F.lit(1000)), F.lit(1000))
+        frame = frame.withColumn(name, F.timestamp_micros(whole))
+    return frame
 
 
 def _own(spark: SparkSession, folder: Folder, name: str, places: Sequence[str]) -> DataFrame:

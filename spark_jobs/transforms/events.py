@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
+import numpy as np
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -84,7 +85,7 @@ def build(
     files = [*events_written, *users_written, *write_items(item_rows, final, out), *_write_quarantine(judged, out)]
     facts = {
         "rating_levels": levels,
-        "level_likes": [int(level >= config.like_at_least) for level in levels],
+        "level_likes": [int(np.float32(level) >= np.float32(config.like_at_least)) for level in levels],
         "user_fields": user_rows.values,
         "item_fields": item_rows.values,
         "counts": counts,
@@ -226,7 +227,7 @@ def _named(
         events.join(joinable(users.frame.select("user_id", "user"), users.rows), "user_id")
         .join(joinable(items.frame.select("item_id", "item"), items.rows), "item_id")
         .withColumn("level", F.array_position(scale, F.col("rating")).cast("tinyint"))
-        .withColumn("label", (F.col("rating").cast("double") >= like_at_least).cast("tinyint"))
+        .withColumn("label", (F.col("rating") >= F.lit(like_at_least).cast("float")).cast("tinyint"))
         .drop("user_id", "item_id")
     )
 

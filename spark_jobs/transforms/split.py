@@ -31,12 +31,11 @@ def split(events: DataFrame, config: EventsConfig) -> Split:
 
     Args:
         events: with user, time, order and ``earlier`` (events of the user strictly before).
-        config: ``fractions`` are shares of the samples, for ``dates`` of no use.
+        config: ``fractions`` are shares of the samples (see ``check_fractions``), for ``dates`` of no use.
 
     Raises:
-        ValueError: the fractions are no shares, or there is no sample to split.
+        ValueError: there is no sample to split.
     """
-    check_fractions(config.fractions)
     if config.split == "per_user":
         return Split(_per_user(events, config), ())
     if config.split == "dates":

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 COMPARES_VECTORS = ("semantic", "simhash")
 """Strategies that need item vectors."""
 
-_STRETCH = 100_000
-"""Rows looked at together."""
-
 
 @dataclass(frozen=True)
 class SharedVectors:
@@ -67,9 +64,8 @@ def share(
     """Check what the strategy compares, and make it available to executors.
 
     Raises:
-        ContractError: the vectors' file is missing, its bytes changed, it has vectors of another number of
-            items, or some of them are no numbers.
-        ValueError: the vectors are not on the grid, or the items lack the field that is compared.
+        ContractError: the vectors' file is missing, its bytes changed, or it has vectors of another number of items.
+        ValueError: the vectors are not on the grid or not finite, or the items lack the field that is compared.
     """
     vectors = _checked(spark, folders, manifests) if config.strategy in COMPARES_VECTORS else None
     rows = len(vectors.open()) if vectors else 0
@@ -92,21 +88,8 @@ def _checked(spark: "SparkSession", folders: Mapping[str, Folder], manifests: Ma
             f"{folder.uri!r} has vectors of shape {list(table.shape)}, but the log has {items} items, which takes "
             f"{items + 1} rows. Run `embed` on these events."
         )
-    _check_numbers(folder, table)
     check_grid(table)
     return shared
-
-
-def _check_numbers(folder: Folder, table: NDArray[np.float32]) -> None:
-    """Refuse rows that are not finite, a stretch at a time: the file may be larger than memory."""
-    stretches = range(0, len(table), _STRETCH)
-    found = [start + np.flatnonzero(~np.isfinite(table[start : start + _STRETCH]).all(axis=1)) for start in stretches]
-    bad = np.concatenate(found)
-    if len(bad):
-        raise ContractError(
-            f"{folder.uri!r} has no vector for {len(bad)} of {len(table) - 1} items: their rows are no finite numbers, "
-            f"that of item {bad[0]} first. Run `embed` on these events."
-        )
 
 
 def _shared(spark: "SparkSession", folder: Folder, entry: FileEntry) -> SharedVectors:

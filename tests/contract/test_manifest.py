@@ -19,6 +19,7 @@ from reclora_dist.contract.manifest import (
     Format,
     Manifest,
     add_file,
+    check_output,
     commit,
     digest,
     file_entry,
@@ -133,6 +134,43 @@ def test_commit_removes_what_it_does_not_name(folder):
     assert folder.files() == sorted([MANIFEST, new.files[0].path])
 
 
+def test_commit_leaves_what_is_not_ours(folder):
+    foreign = ["notes.txt", "events/2026/raw.parquet", "part-00000-2fd5e1b0-c000.snappy.parquet"]
+    for name in foreign:
+        folder.write(name, b"the only copy")
+    published(folder, b"one")
+    new = published(folder, b"two")
+    assert folder.files() == sorted([MANIFEST, new.files[0].path, *foreign])
+
+
+@pytest.mark.parametrize("place", ["", "/events", "/events/new"])
+def test_an_output_beside_its_inputs_only(tmp_path, place):
+    raw, shop = Folder(str(tmp_path / "shop" / "events")), tmp_path / "shop"
+    raw.write("a.csv", b"a")
+    (tmp_path / "link").symlink_to(shop)
+    for root in (shop, tmp_path / "link"):
+        with pytest.raises(ContractError, match=r"'.*' \(raw\) lie in one another: choose an output folder beside"):
+            check_output(Folder(f"{root}{place}"), THINGS, {"raw": raw})
+    check_output(Folder(f"{shop}/events2"), THINGS, {"raw": raw})
+
+
+def test_an_output_over_foreign_files_is_refused(folder):
+    folder.write("left/part-00000-0123456789ab.parquet", b"by a killed run")
+    folder.write("manifest.json.0123abcd.partial", b"by a killed run")
+    folder.write("report.html", b"fixed")
+    check_output(folder, THINGS, {}, {"report.html"})
+    folder.write("notes.txt", b"foreign")
+    with pytest.raises(ContractError, match=r"holds 'notes.txt', which no writer of .* left there: choose an empty"):
+        check_output(folder, THINGS, {}, {"report.html"})
+    folder.write(MANIFEST, b'{"format": "something else"}')
+    with pytest.raises(ContractError, match=r"holds 'manifest\.json'"):
+        check_output(folder, THINGS, {}, {"report.html", "notes.txt"})
+    folder.write(MANIFEST, b"{damaged")
+    check_output(folder, THINGS, {}, {"report.html", "notes.txt"})
+    published(folder)
+    check_output(folder, THINGS, {})
+
+
 def test_until_the_commit_the_old_dataset_is_whole(folder):
     old = published(folder, b"one")
     add_file(folder, "part-new", b"two")
@@ -159,12 +197,12 @@ def test_a_failed_write_leaves_the_old_manifest(folder, monkeypatch):
 
 WRITER = """
 import itertools, sys
-from reclora_dist.contract.manifest import Manifest, add_file, commit
+from reclora_dist.contract.manifest import Manifest, add_digested, commit
 from reclora_dist.contract.storage import Folder
 folder = Folder(sys.argv[1])
 for turn in itertools.count():
     content = bytes([turn % 256]) * 200_000
-    entry = add_file(folder, f"part-{turn % 7}-{turn}", content, [turn])
+    entry = add_digested(folder, f"part-{turn % 7}.bin", content)
     commit(folder, Manifest("test.things", 2, f"c{turn}", {}, (entry,), {"turn": turn}))
     print(turn, flush=True)
 """

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from reclora_dist.contract.manifest import ContractError, add_file, commit, read_manifest, verified
+from reclora_dist.contract.manifest import add_file, commit, read_manifest, verified
 from reclora_dist.contract.schema import EVENTS, HISTORIES, VECTORS
 from reclora_dist.contract.storage import Folder, StorageFullError
-from spark_jobs import session
+from spark_jobs import build_events, session
 
 ROOT = Path(__file__).parents[2]
 LOG = [(f"u{u}", f"i{i}", 1 + (u + i) % 5, 10 * i + u) for u in range(6) for i in range(8)]
@@ -72,6 +73,27 @@ def events(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("raw/events", "lie in one another: choose an output folder beside the input"),
+        ("raw", "lie in one another"),
+        ("raw/events/new", "lie in one another"),
+        ("shop", "holds 'notes.txt', which no writer of 'reclora.events' left there"),
+    ],
+)
+def test_an_output_folder_with_files_of_others(
+    events: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, words: str
+) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "notes.txt").write_text("the only copy")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    assert build_events.cli([*settings, "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / out)]) == 2
+    assert words in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["0.parquet", "b.parquet"])
 def test_a_file_that_is_not_parquet(run, old: Path, events: Path, tmp_path: Path, name: str) -> None:
     (events / name).write_bytes(as_csv())
@@ -109,6 +131,25 @@ def test_parquet_files_with_other_columns(run, old: Path, events: Path, tmp_path
     pq.write_table(other(change), events / "b.parquet")
     words = rf"column 'rating' differs between the files of 'events' in .*: int64 in 'events/a.parquet', {kind} in "
     refused(run, old, tmp_path, words + "'events/b.parquet'. Write all files with the same columns")
+
+
+def test_parquet_files_of_other_precision(run, old: Path, events: Path, tmp_path: Path) -> None:
+    good = table()
+    for name, unit in (("a", "us"), ("b", "ns")):
+        pq.write_table(
+            good.set_column(3, "timestamp", good["timestamp"].cast(pa.timestamp(unit))), events / f"{name}.parquet"
+        )
+    words = r"column 'timestamp' differs between the files of 'events' in .*: timestamp in 'events/a.parquet', "
+    refused(run, old, tmp_path, words + r"timestamp\[ns\] in 'events/b.parquet'. Write all files with the same columns")
+
+
+def test_old_timestamps_are_read_beside_new_ones(run, events: Path, tmp_path: Path) -> None:
+    good = table()
+    moments = good.set_column(3, "timestamp", pc.multiply(good["timestamp"], 1_000_000).cast(pa.timestamp("us", "UTC")))
+    pq.write_table(moments[:24], events / "a.parquet")
+    pq.write_table(moments[24:], events / "b.parquet", use_deprecated_int96_timestamps=True)
+    made = run("build_events", tmp_path / "out", *SETTINGS, raw=tmp_path / "raw")
+    assert made.facts["counts"]["clean"] == len(LOG)
 
 
 def test_a_profile_column_that_some_files_lack(run, old: Path, events: Path, tmp_path: Path) -> None:
@@ -187,7 +228,10 @@ def test_the_first_events_of_a_user_are_history_and_no_samples(run, rows, csv, t
     ("change", "words"),
     [
         (lambda vectors: vectors[:-1], r"has vectors of shape \[8, 4\], but the log has 8 items, which takes 9 rows"),
-        (lambda vectors: np.where(np.arange(9)[:, None] == 5, np.nan, vectors), r"no vector for 1 of 8 items.*item 5"),
+        (
+            lambda vectors: np.where(np.arange(9)[:, None] == 5, np.nan, vectors),
+            r"item 5 is not on the grid \(finite",
+        ),
     ],
 )
 def test_item_vectors_that_are_missing(run, write_vectors, old: Path, tmp_path: Path, change, words: str) -> None:
@@ -198,7 +242,7 @@ def test_item_vectors_that_are_missing(run, write_vectors, old: Path, tmp_path: 
     np.save(content, change(np.load(tmp_path / "vectors" / made.files[0].path)).astype(np.float32))
     entry = add_file(folder, "vectors-000000000000.npy", content.getvalue())
     commit(folder, type(made)(made.format, made.version, made.config_digest, made.parents, (entry,), made.facts))
-    with pytest.raises(ContractError, match=words):
+    with pytest.raises(ValueError, match=words):
         run("retrieve_history", tmp_path / "out", events=old, vectors=tmp_path / "vectors")
     assert Folder(str(tmp_path / "out")).files() == []
 

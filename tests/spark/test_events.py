@@ -68,6 +68,19 @@ def test_a_core_on_a_cluster_keeps_one_round(spark: SparkSession, monkeypatch: p
     assert kept[5] == kept[2]
 
 
+@pytest.mark.parametrize("levels", ["[]", "[0.3,0.7]"])
+def test_a_rating_at_the_threshold_is_a_like(run, rows, csv, tmp_path: Path, levels: str) -> None:
+    log = [(f"u{u}", f"i{i}", (0.3, 0.7)[(u + i) % 2], 10 * i + u) for u in range(6) for i in range(8)]
+    made = run(
+        "build_events", tmp_path / "out", *csv.settings, f"rating_levels={levels}", "like_at_least=0.7", "k_core=0",
+        "min_history=2", raw=csv.write(tmp_path / "raw", log),
+    )  # fmt: skip
+    assert made.facts["level_likes"] == [0, 1]
+    events = rows(tmp_path / "out", made, "events/")
+    assert [event["label"] for event in events] == [int(event["rating"] > 0.5) for event in events]
+    assert [event["level"] for event in events] == [1 + event["label"] for event in events]
+
+
 def test_tables_have_the_schemas_of_the_contract(finished) -> None:
     made, folder = finished.manifest("events", EVENTS), Folder(str(finished.folder / "events"))
     assert read_parts(folder, made.select("events/")).schema.equals(schema.events)

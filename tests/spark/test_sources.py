@@ -79,10 +79,10 @@ def test_columns_in_every_format(spark, tmp_path: Path, layout: str) -> None:
     if layout == "parquet":
         pq.write_table(table, tmp_path / "log" / "x.parquet")
     elif layout == "json":
-        rows = [{"u": "a", "i": 7, "r": 1, "t": "2020-09-13T12:26:40Z"}, {"i": 8, "r": 0, "t": 1600000001}]
+        rows = [{"u": "a", "i": 7, "r": True, "t": "2020-09-13T12:26:40Z"}, {"i": 8, "r": False, "t": 1600000001}]
         (tmp_path / "log" / "x.json").write_text("\n".join([*map(json.dumps, rows), "{broken"]) + "\n")
     else:
-        (tmp_path / "log" / "x.csv").write_text("u,i,r,t\na,7,1,2020-09-13 12:26:40\n,8,0,1600000001.0\n")
+        (tmp_path / "log" / "x.csv").write_text("u,i,r,t\na,7,True,2020-09-13 12:26:40\n,8,FALSE,1600000001.0\n")
     log = opened(
         spark, tmp_path, f"format={layout}", "events=log", "items=", "user=u", "item=i", "rating=r", "time=t"
     )  # fmt: skip
@@ -92,6 +92,19 @@ def test_columns_in_every_format(spark, tmp_path: Path, layout: str) -> None:
     ]  # fmt: skip
     if layout == "json":
         assert values(log.events, CORRUPT)[2] == ("{broken",)
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+def test_nanoseconds_in_parquet(spark, tmp_path: Path, zone: str | None) -> None:
+    moments = [1_600_000_000_123_456_789, 1_600_000_000_123_999_999, -1, None]
+    table = pa.table(
+        {"u": list("abcd"), "i": list("wxyz"), "r": [1, 2, 3, 4], "t": pa.array(moments, pa.timestamp("ns", zone))}
+    )
+    pq.write_table(table.append_column("unused", table["t"]), tmp_path / "log.parquet")
+    log = opened(
+        spark, tmp_path, "format=parquet", "events=log.parquet", "items=", "user=u", "item=i", "rating=r", "time=t"
+    )  # fmt: skip
+    assert values(log.events, "time_ms") == [(1_600_000_000_123,), (1_600_000_000_123,), (-1,), (None,)]
 
 
 def test_csv_files_with_other_columns_are_refused(run, csv, tmp_path: Path) -> None:

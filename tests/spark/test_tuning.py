@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from spark_jobs import session
+
 CONF = Path(__file__).parents[2] / "cluster" / "spark"
 FAMILIES = ("spark.metrics.conf.", "spark.kubernetes.executor.volumes.")
 """Prefixes whose remainder is free: what follows names a sink, or a volume."""
@@ -54,3 +56,9 @@ def test_the_tuning_table_names_what_the_file_sets() -> None:
     assert table
     named = set(re.findall(r"`(spark\.[\w.]+)`", table[0]))
     assert named and named <= set(properties())
+
+
+def test_a_sites_own_time_zone_shifts_no_time(spark) -> None:
+    """The session runs already; starting again sets what may be changed in it."""
+    again = session.start("tests", "local[2]", "1g", 2, {"spark.sql.session.timeZone": "Asia/Tokyo"})
+    assert again.conf.get("spark.sql.session.timeZone") == "UTC"

@@ -5,11 +5,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from reclora_dist.config.schema import RetrievalConfig
+from reclora_dist.backbone.tiny import train_tokenizer
+from reclora_dist.config.schema import PromptConfig, RetrievalConfig
 from reclora_dist.contract import schema
-from reclora_dist.contract.manifest import ContractError, FileEntry, Format, Manifest, add_file, commit
+from reclora_dist.contract.manifest import ContractError, FileEntry, Format, Manifest, add_file, commit, read_manifest
 from reclora_dist.contract.parts import write_part
 from reclora_dist.contract.storage import Folder
+from reclora_dist.data.collate import TextCollator
 from reclora_dist.data.features import (
     CandidatesError,
     FeatureStore,
@@ -21,6 +23,7 @@ from reclora_dist.data.features import (
     UnknownItemError,
     UnknownUserError,
 )
+from reclora_dist.data.prompts import PromptBuilder
 from reclora_dist.retrieval import on_grid
 
 USERS, ITEMS, DIMENSION = 7, 12, 3
@@ -48,8 +51,8 @@ def publish(folder: Folder, format: Format, files: list[FileEntry], facts: dict)
     commit(folder, Manifest(format.name, format.version, "config", {}, tuple(files), facts))
 
 
-def write_events(folder: Folder, rows: list[dict], split_times: list[int]) -> None:
-    fields = [{"user": u, "user_id": f"u{u}", "fields": [u % 3, u % 2]} for u in range(1, USERS + 1)]
+def write_events(folder: Folder, rows: list[dict], split_times: list[int], fields: int = 2) -> None:
+    users = [{"user": u, "user_id": f"u{u}", "fields": [u % 3, u % 2][:fields]} for u in range(1, USERS + 1)]
     items = [
         {
             "item": i,
@@ -67,11 +70,11 @@ def write_events(folder: Folder, rows: list[dict], split_times: list[int]) -> No
         # parts are not in the order of the users: a part's number is a Spark partition
         write_part(folder, "events/", 0, pa.Table.from_pylist(late, schema.events), 5),
         write_part(folder, "events/", 1, pa.Table.from_pylist(early, schema.events), 5),
-        write_part(folder, "users/", 0, pa.Table.from_pylist(fields, schema.users(2)), 100),
+        write_part(folder, "users/", 0, pa.Table.from_pylist(users, schema.users(fields)), 100),
         write_part(folder, "items/", 0, pa.Table.from_pylist(items, schema.items(0)), 100),
     ]
     facts = {"rating_levels": LEVELS, "level_likes": LIKES, "split_times": split_times, "users": USERS, "items": ITEMS}
-    facts |= {"user_fields": {"gender": ["F", "M"], "age": ["old"]}, "item_fields": {}}
+    facts |= {"user_fields": dict([("gender", ["F", "M"]), ("age", ["old"])][:fields]), "item_fields": {}}
     publish(folder, schema.EVENTS, files, facts)
 
 
@@ -84,9 +87,9 @@ def write_vectors(folder: Folder, items: int = ITEMS) -> np.ndarray:
     return vectors
 
 
-def folders(root: Path, split_times: list[int]) -> tuple[Folder, Folder]:
+def folders(root: Path, split_times: list[int], fields: int = 2) -> tuple[Folder, Folder]:
     events, vectors = Folder(str(root / "events")), Folder(str(root / "vectors"))
-    write_events(events, log(), split_times)
+    write_events(events, log(), split_times, fields)
     write_vectors(vectors)
     return events, vectors
 
@@ -145,6 +148,21 @@ def test_every_logged_event_gets_its_point_in_time_features(
             "short_levels": short_levels,
             "short_length": short_length,
         }
+
+
+@pytest.mark.parametrize("fields", [0, 1])
+def test_rows_have_the_user_fields_that_the_log_has_or_none(tmp_path: Path, fields: int) -> None:
+    events, vectors = folders(tmp_path, [20, 30], fields)
+    used = FeatureStore.load(events, vectors)
+    table = used.rows(["i1", "i7", "i2"], SEMANTIC, user="u5")
+    assert table.schema.equals(schema.text_shard(fields, 5, 2))
+    assert table["user_fields"].to_pylist() == [[5 % 3][:fields]] * 3
+    titles = [f"Title {i}" for i in range(ITEMS + 1)]
+    known = read_manifest(events, schema.EVENTS).facts["user_fields"]
+    prompts = PromptBuilder(PromptConfig(), train_tokenizer(titles, 300), titles, LEVELS, known, causal=True)
+    batch = TextCollator(prompts)(table)
+    assert batch.crm.user_fields.shape == (3, fields)
+    assert len(batch.input_ids) == 3
 
 
 def test_rows_follow_the_candidates_even_twice(store: FeatureStore) -> None:
