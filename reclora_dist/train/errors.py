@@ -32,8 +32,8 @@ def out_of_memory(stage: str, where: str, micro_batches: Sequence[MicroBatch]) -
     rows = max(len(batch) for batch, _ in micro_batches)
     return OutOfMemory(
         f"{stage}: out of memory in {where}, with up to {rows} samples per forward pass of the training. Set "
-        f"micro_batch of its section to {max(1, rows // 2)} or micro_tokens, backbone.gradient_checkpointing=true, or a "
-        "higher engine.zero_stage, and run again: it goes on from the last checkpoint."
+        f"micro_batch of its section to {max(1, rows // 2)} or micro_tokens, backbone.gradient_checkpointing=true, or "
+        "a higher engine.zero_stage, and run again: it goes on from the last checkpoint."
     )
 
 
