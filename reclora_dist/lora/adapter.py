@@ -93,7 +93,7 @@ def save_adapter(
     manifest = Manifest(
         ADAPTER.name, ADAPTER.version, identity.config_digest, dict(identity.parents), tuple(files), dict(facts)
     )
-    commit(folder, manifest)
+    commit(folder, manifest, fixed=(CARD,))  # no card is better than that of another adapter
     folder.write(CARD, model_card(config, identity.parents, facts).encode())
     return manifest
 

@@ -3,8 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,7 @@ from reclora_dist.config.schema import EvaluateConfig, RayConfig, ServeConfig
 from reclora_dist.evaluate.scorer import Scorer
 from reclora_dist.ray_app import embed, evaluate, service
 from reclora_dist.ray_app.messages import EvaluationRequest
-from reclora_dist.ray_app.session import reserved_device
+from reclora_dist.ray_app.session import connect, reserved_device
 
 pytestmark = pytest.mark.ray
 RESERVED = pytest.mark.parametrize(("reserved", "device"), [([], "cpu"), ([0], "cuda")])
@@ -65,9 +67,8 @@ def test_scores_are_computed_on_the_gpu_that_was_reserved_and_on_no_other(
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster that takes this machine to have a GPU."""
-    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False)
-    yield
-    ray.shutdown()
+    with patch.object(ray, "init", partial(ray.init, num_gpus=1)), connect(RayConfig(workers=1)):
+        yield
 
 
 @pytest.mark.parametrize(("gpus", "processes", "device"), [(0, 1, "cpu"), (1, 2, "cuda")])

@@ -22,9 +22,10 @@ from reclora_dist.contract.manifest import ContractError, Manifest, commit, read
 from reclora_dist.contract.schema import EVENTS, QUALITY, SHARDS, SPLITS
 from reclora_dist.contract.storage import Folder
 from spark_jobs.__main__ import ENDED
+from spark_jobs.days import MS_PER_DAY
 from spark_jobs.report import histogram, tally
 from spark_jobs.report.drift import COMPARED, KEPT, drift, stability
-from spark_jobs.report.periods import DAY, LONGEST, SLICES, Periods, slices, spans
+from spark_jobs.report.periods import LONGEST, SLICES, Periods, slices, spans
 from spark_jobs.report.thresholds import thresholds
 from spark_jobs.report_quality import JOB, check
 from spark_jobs.stage import open_inputs
@@ -153,7 +154,7 @@ def test_days_steps_and_reasons_of_a_longer_log(spark, run, rows, csv, tmp_path:
     table = rows(events, made, "events/")
     wanted = []
     for day in range(10):
-        labels = [e["label"] for e in table if e["time"] // DAY == 950_000_000 // 86_400 + day]
+        labels = [e["label"] for e in table if e["time"] // MS_PER_DAY == 950_000_000 // 86_400 + day]
         rate = round(sum(labels) / len(labels), 6) if labels else None
         wanted.append({"from": f"2000-02-{8 + day:02d}", "events": len(labels), "label_rate": rate})
     assert found["periods"] == {"unit": "day", "days": 1, "rows": wanted}
