@@ -1,5 +1,6 @@
 """One optimiser step, whoever takes it: plain torch here, DeepSpeed in its own module."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -116,6 +117,12 @@ def schedule(step: int, total: int, config: TrainConfig) -> float:
     return config.final_lr + (1 - config.final_lr) * (total - step) / max(1, total - warmup)
 
 
+def _shared(model: nn.Module) -> DistributedDataParallel:
+    """The model, its gradients averaged over the workers. All build the same buffers, and no training changes one."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 has a new name, 2.9 has not
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
 class TorchEngine:
     """Plain torch: AdamW, and DistributedDataParallel where there are several workers."""
 
@@ -123,9 +130,7 @@ class TorchEngine:
         self, model: nn.Module, optimiser: torch.optim.AdamW, loss: Loss, config: TrainConfig, context: Context
     ) -> None:
         self._bare = model.to(context.device)
-        # every worker builds the same buffers, and no training changes one
-        alone = context.world == 1
-        self._model = self._bare if alone else DistributedDataParallel(self._bare, broadcast_buffers=False)
+        self._model = self._bare if context.world == 1 else _shared(self._bare)
         self._optimiser = optimiser
         self._loss = loss
         self._clip = config.clip or float("inf")
