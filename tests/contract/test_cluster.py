@@ -271,6 +271,18 @@ def test_a_worker_without_the_token_is_refused(tmp_path):
     assert "No token at" in done.stderr
 
 
+def test_prometheus_scrapes_the_ports_that_are_exported():
+    config = yaml.safe_load((CLUSTER / "monitoring" / "prometheus" / "prometheus.yaml").read_text())
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    for script in ("head.sh", "worker.sh"):
+        port = re.search(r"METRICS_PORT:-(\d+)", (CLUSTER / "ray" / script).read_text())[1]
+        assert targets["ray"] == [f"127.0.0.1:{port}"]
+    monitor = yaml.safe_load((CLUSTER / "kuberay" / "podmonitor.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    pods = [group["template"]["spec"]["containers"][0] for _, cluster in CLUSTERS for group in groups(cluster)]
+    assert all(endpoint["port"] in {port["name"] for port in pod["ports"]} for pod in pods)
+
+
 def test_the_head_writes_a_token_that_only_its_user_reads(tmp_path):
     source = f"source {CLUSTER / 'ray' / 'environment.sh'} create; echo $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH"
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

@@ -160,6 +160,11 @@ def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[st
     assert words in str(error.value)
 
 
+def test_the_experiment_leaves_the_crm_the_learning_rate_of_its_log() -> None:
+    base = ["data=movielens_1m", "backbone=encoder", "backbone.path=model"]
+    assert load([*base, "experiment=movielens"]).crm_train.lr == load(base).crm_train.lr == 0.008
+
+
 def test_only_what_builds_the_events_asks_for_the_raw_log(tmp_path: Path) -> None:
     config = load(["data=movielens_1m", f"paths.run={tmp_path}"])
     with pytest.raises(ValueError, match=r"events\.source\.path is empty; give the folder of the raw log"):
