@@ -22,9 +22,9 @@ from reclora_dist.lora.model import RecLora
 
 Scores = npt.NDArray[np.float64]
 
-PASS_TOKENS = {"cpu": 2048, "cuda": 32_768}
+CPU_TOKENS, DEVICE_TOKENS = 2048, 32_768
 """Tokens, padding included, of a forward pass, unless one prompt is longer: on a CPU as many as leave their activations
-in its caches, on a GPU as many as keep it busy and leave most of its memory to the weights."""
+in its caches, on a GPU (or another device) as many as keep it busy and leave most of its memory to the weights."""
 
 
 def text_collator(config: AdapterConfig, events: Folder, backbone: str) -> TextCollator:
@@ -143,7 +143,8 @@ class Scorer:
     def _passes(self, batch: TextBatch) -> list[npt.NDArray[np.int64]]:
         """The rows of each forward pass."""
         lengths = batch.last.numpy() + 1
-        return by_tokens(lengths, max(PASS_TOKENS[self.device.type], int(lengths.max())))
+        most = CPU_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
+        return by_tokens(lengths, max(most, int(lengths.max())))
 
     def _batches(self, rows: pa.Table) -> list[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Batches of rows with histories of like length, so that little is padded, and their places in ``rows``."""

@@ -23,7 +23,7 @@ from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import ADAPTER, CRM, SHARDS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import load_crm
-from reclora_dist.evaluate.scorer import PASS_TOKENS, Scorer, feature_store, referenced, shuffled
+from reclora_dist.evaluate.scorer import CPU_TOKENS, DEVICE_TOKENS, Scorer, feature_store, referenced, shuffled
 from reclora_dist.lora.adapter import load_trained, read_adapter_config
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
@@ -108,7 +108,7 @@ def test_batching_changes_nothing(scorer: Scorer, rows: pa.Table, scores: np.nda
 def test_long_prompts_are_scored_few_at_a_time(scorer: Scorer, rows: pa.Table) -> None:
     """More of them on a GPU, where there is no bound by caches but one by memory."""
     batch = scorer.collate(rows.take(pa.array([0] * 2000)))
-    for device, tokens in PASS_TOKENS.items():
+    for device, tokens in (("cpu", CPU_TOKENS), ("cuda", DEVICE_TOKENS), ("mps", DEVICE_TOKENS)):
         other = copies.copy(scorer)
         other.device = torch.device(device)
         passes = other._passes(batch)

@@ -99,7 +99,5 @@ def test_a_training_refuses_its_settings_by_their_place(tmp_path: Path) -> None:
 def test_workers_that_would_wait_for_gpus_forever_are_refused() -> None:
     session.check_gpus(RayConfig(workers=2, gpus_per_worker=0.5), 1.0)
     session.check_gpus(RayConfig(workers=2), 0.0)
-    with pytest.raises(
-        ValueError, match=r"ray\.workers 2 x ray\.gpus_per_worker 1 asks for 2 GPUs, and Ray finds 1"
-    ):
+    with pytest.raises(ValueError, match=r"ray\.workers 2 x ray\.gpus_per_worker 1 asks for 2 GPUs, and Ray finds 1"):
         session.check_gpus(RayConfig(workers=2, gpus_per_worker=1), 1.0)
