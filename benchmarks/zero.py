@@ -98,8 +98,9 @@ def main() -> None:
     common += ["adapters=reclora", "adapters.reclora.experts=8", "adapters.reclora.temperature=1.0"]
     common += ["backbone=causal", f"backbone.path={model}", f"backbone.dtype={DTYPE}"]
     each = arguments.batch // arguments.processes
-    pass_size = f"micro_tokens={arguments.tokens}" if arguments.tokens else f"micro_batch={each}"
-    common += [f"lora_train.batch_size={arguments.batch}", "lora_train.micro_batch=0", f"lora_train.{pass_size}"]
+    tokens, samples = (arguments.tokens, 0) if arguments.tokens else (0, each)
+    common += [f"lora_train.micro_tokens={tokens}", f"lora_train.micro_batch={samples}"]
+    common += [f"lora_train.batch_size={arguments.batch}"]
     common += ["prompt.max_tokens=512", "lora_train.epochs=1", "lora_train.log_every=1000"]
     common += ["lora_train.checkpoint_every=1000", *arguments.set]
     rival = home / "trainer"
