@@ -58,7 +58,7 @@ def to_config(composed: DictConfig) -> Config:
     source = dataclasses.replace(config.events.source, path=_absolute(config.events.source.path))
     return dataclasses.replace(
         config,
-        paths=dataclasses.replace(config.paths, run=_absolute(config.paths.run)),
+        paths=dataclasses.replace(config.paths, run=_absolute(config.paths.run), shards=_absolute(config.paths.shards)),
         events=dataclasses.replace(config.events, source=source),
         backbone=dataclasses.replace(config.backbone, path=_model(config.backbone.path)),
         embed=dataclasses.replace(

@@ -6,7 +6,9 @@ from reclora_dist.contract.storage import Folder
 
 
 def folder(config: Config, name: str) -> Folder:
-    """The sub-folder ``name`` of the run."""
+    """The sub-folder ``name`` of the run; its shards may lie elsewhere."""
+    if name == "shards" and config.paths.shards:
+        return Folder(config.paths.shards)
     return Folder(config.paths.run).child(name)
 
 

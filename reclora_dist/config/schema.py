@@ -535,6 +535,11 @@ class PathsConfig(Section):
     """Where everything of a run lies."""
 
     run: str = knob("runs/demo", "folder of the run; every stage has a sub-folder")
+    shards: str = knob(
+        "",
+        "folder of shards that Spark has written there, as those of a log that grows day by day; empty: the run's own. "
+        "If set, the run has its events and vectors already, and the pipeline begins with the training",
+    )
 
 
 @dataclass(frozen=True)

@@ -127,12 +127,14 @@ def find_learning_rate(config: Config) -> None:
 
 def plan(config: Config) -> list[Stage]:
     """The stages of this config."""
-    found = [Stage("synthesise", _synthesise)] if config.synthesise else []
-    found.append(Stage("events", _events))
+    spark = not config.paths.shards  # else it has been at work, and what it made is not made again
+    found = [Stage("synthesise", _synthesise)] if spark and config.synthesise else []
+    found += [Stage("events", _events)] if spark else []
     if config.backbone.kind == "tiny":
         found.append(Stage("backbone", _backbone, targets.backbone_target))
-    found.append(Stage("vectors", _vectors, targets.vectors_target))
-    found += [Stage("histories", _histories), Stage("shards", _shards), Stage("quality", _quality)]
+    if spark:
+        found.append(Stage("vectors", _vectors, targets.vectors_target))
+        found += [Stage("histories", _histories), Stage("shards", _shards), Stage("quality", _quality)]
     found.append(Stage("crm", None, targets.crm_target, trains="crm"))
     for name in config.adapters:
         found.append(Stage(f"adapter {name}", None, partial(targets.adapter_target, name=name), trains=name))

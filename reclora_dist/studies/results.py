@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.manifest import read_manifest, verified
 from reclora_dist.contract.parts import read_parts
@@ -124,7 +125,7 @@ def _paces(run: Run) -> Iterator[Row]:
 
 def _training_samples(run: Run) -> dict[str, int]:
     """Samples that a training stage goes through, over all epochs, by the stage's name."""
-    shards = run.folder.child("shards")
+    shards = folder(run.config, "shards")
     if not shards.exists("manifest.json"):
         return {}
     record, config = read_manifest(shards, SHARDS), run.config

@@ -269,10 +269,11 @@ def build_model(config: Config, lora: LoraConfig, crm: Crm) -> RecLora:
 
 
 def adapter_config(config: Config, name: str) -> AdapterConfig:
-    """The ``adapter_config.json`` of an adapter of this run; what lies in the run is named relative to the adapter."""
-    formats = {"events": EVENTS, "vectors": VECTORS, "shards": SHARDS}
+    """The ``adapter_config.json`` of an adapter of this run; what it refers to is named relative to the adapter."""
+    formats, home = {"events": EVENTS, "vectors": VECTORS, "shards": SHARDS}, folder(config, f"adapters/{name}")
     references = {
-        key: Reference(f"../../{key}", manifest(config, key, value).content_digest) for key, value in formats.items()
+        key: Reference(home.relative(folder(config, key)), manifest(config, key, value).content_digest)
+        for key, value in formats.items()
     }
     return AdapterConfig(
         name,

@@ -10,13 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from sample_data import small_config
 
+from reclora_dist.config.schema import PathsConfig, RetrievalConfig, TrainConfig
 from reclora_dist.contract.arrays import add_array
 from reclora_dist.contract.manifest import ContractError, Manifest, commit, read_manifest
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVENTS, SHARDS, VECTORS
 from reclora_dist.contract.storage import Folder
 from reclora_dist.data.features import FeatureStore
+from reclora_dist.evaluate.scorer import referenced
+from reclora_dist.lora.adapter import read_adapter_config
+from reclora_dist.ray_app.pipeline import run_stages
 from reclora_dist.retrieval import on_grid
 from spark_jobs.days import midnight, previous_of
 from spark_jobs.privacy import KEY_VARIABLE
@@ -269,6 +274,31 @@ def test_days_that_were_built_anew_are_not_taken_for_the_old_ones(daily: Path, t
     shutil.copytree(home / DAYS[0], home / DAYS[1])
     with pytest.raises(ContractError, match="is not the dataset that"):
         previous_of(third, read_manifest(third, EVENTS))
+
+
+def train(home: Path, run: Path) -> bytes:
+    """Train in a run that has the last day's events and vectors; the shards of all days lie elsewhere.
+
+    Returns:
+        The weights of the CRM.
+    """
+    for part in ("events", "vectors"):
+        shutil.copytree(home / part / DAYS[-1], run / part)
+    few = {"crm_train": TrainConfig(batch_size=16), "lora_train": TrainConfig(batch_size=8)}
+    config = small_config(
+        run, paths=PathsConfig(str(run), str(home / "shards")), retrieval=RetrievalConfig(long=6, short=3), **few
+    )
+    run_stages(config, ("backbone", "crm", "adapter reclora"))
+    adapter = Folder(str(run / "adapters" / "reclora"))
+    shards = referenced(adapter, read_adapter_config(adapter)[0], "shards")
+    assert read_manifest(shards, SHARDS).content_digest == shards_of(home).content_digest
+    assert not (run / "shards").exists()
+    (weights,) = run.glob("crm/*.safetensors")
+    return weights.read_bytes()
+
+
+def test_shards_of_days_train_the_model_that_one_build_trains(whole: Path, daily: Path, tmp_path: Path) -> None:
+    assert train(daily, tmp_path / "daily") == train(whole, tmp_path / "whole")
 
 
 def test_the_service_wants_all_days_in_one_dataset(daily: Path) -> None:

@@ -233,8 +233,9 @@ def test_lenient_lets_settings_pass_hydra_and_leaves_the_rest(argument: str, pas
 
 @pytest.mark.parametrize(("given", "kept"), [("s3://bucket/run", True), ("/data/run", True), ("runs/own", False)])
 def test_local_paths_become_absolute_and_uris_stay(given: str, kept: bool) -> None:
-    config = load([f"paths.run={given}", f"events.source.path={given}", f"serve.adapter={given}"])
-    found = {config.paths.run, config.events.source.path, config.serve.adapter}
+    settings = ("paths.run", "paths.shards", "events.source.path", "serve.adapter")
+    config = load([f"{setting}={given}" for setting in settings])
+    found = {config.paths.run, config.paths.shards, config.events.source.path, config.serve.adapter}
     assert found == {given if kept else str(Path(given).resolve())}
 
 
@@ -270,3 +271,10 @@ def test_a_stage_without_its_input_says_which_stage_to_run(
     said = fails(monkeypatch, capsys, f"paths.run={tmp_path}")
     assert said.startswith(f"error: '{tmp_path}/shards' has no manifest.json: the stage that writes 'reclora.shards'")
     assert len(said.splitlines()) == 1
+
+
+def test_where_the_shards_are_given_no_stage_makes_any() -> None:
+    assert [stage.name for stage in plan(load())][:2] == ["synthesise", "events"]
+    given = plan(load(["paths.shards=elsewhere"]))
+    names = ["backbone", "crm", "adapter lora", "adapter uniform", "adapter reclora", "evaluation", "service"]
+    assert [stage.name for stage in given] == names
