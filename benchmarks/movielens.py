@@ -22,7 +22,7 @@ from reclora_dist.backbone.load import mean_pool
 from reclora_dist.cli.compose import load
 from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
-from reclora_dist.contract.manifest import verified
+from reclora_dist.contract.manifest import digested, verified
 from reclora_dist.contract.parts import read_parts
 from reclora_dist.contract.schema import EVALUATION, SHARDS
 from reclora_dist.evaluate.metrics import binary_metrics, paired_difference
@@ -119,8 +119,8 @@ def fusion_metrics(config: Config, scores: np.ndarray) -> dict:
 def figures(config: Config, fusion: dict, seconds: float) -> dict:
     """The bench's JSON object."""
     record = manifest(config, "evaluation", EVALUATION)
-    entry = next(e for e in record.files if e.path == "metrics.json")
-    found = json.loads(verified(folder(config, "evaluation"), entry))
+    source = folder(config, "evaluation")
+    found = json.loads(verified(source, digested(source, record, "metrics.json")))
     whole, rows = found["all_rows"]["test"]["crm"], found["splits"]["test"]
     result = {"crm_auc": whole["auc"]["mean"], "crm_logloss": whole["logloss"]["mean"], "crm_rows": whole["rows"]}
     result |= {f"{m}_auc": rows[m]["auc"]["mean"] for m in ("lora", "reclora", "running_averages")}

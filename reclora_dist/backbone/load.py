@@ -5,7 +5,7 @@ transformers, which takes a second and a half to import, is loaded with the firs
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,28 @@ class Backbone(nn.Module):
     """
 
     answers: Tensor | None
+    bias: Tensor | None
 
-    def __init__(self, model: nn.Module, answers: Tensor | None, width: int) -> None:
-        """Args: answers: the head's rows of the two answer tokens [2, width]; None for an encoder."""
+    def __init__(
+        self,
+        model: nn.Module,
+        answers: Tensor | None,
+        width: int,
+        bias: Tensor | None = None,
+        form: tuple[float, float] = (1.0, 0.0),
+    ) -> None:
+        """Wrap the stack of a language model.
+
+        Args:
+            answers: the head's rows of the two answer tokens [2, width]; None for an encoder.
+            bias: the head's bias of these tokens [2]; None where it has none.
+            form: see ``logit_form``.
+        """
         super().__init__()
         self.model = model
         self.register_buffer("answers", answers, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.scale, self.cap = form
         self.head = None if answers is not None else _Head(width, 2)
         self.width = width
         # of the forward pass in work; they stay set, because gradient checkpointing runs layers again in backward
@@ -45,12 +61,16 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Logits [batch, 2] in float32; the arguments are those of ``pooled``."""
         pooled = self.pooled(input_ids, attention_mask, last, positions)
-        if self.head is None:
-            assert self.answers is not None
-            # in float32: a bfloat16 logit near 20 has steps of .125, larger than most differences of the two
-            return F.linear(pooled.float(), self.answers.float())
-        logits: Tensor = self.head(pooled)
+        logits: Tensor = self.answer(pooled) if self.head is None else self.head(pooled)
         return logits
+
+    def answer(self, state: Tensor) -> Tensor:
+        """A causal model's logits of (no, yes), float32 [batch, 2], from its state at the last positions."""
+        assert self.answers is not None
+        # in float32: a bfloat16 logit near 20 has steps of .125, larger than most differences of the two
+        bias = None if self.bias is None else self.bias.float()
+        raw = self.scale * F.linear(state.float(), self.answers.float(), bias)
+        return self.cap * torch.tanh(raw / self.cap) if self.cap else raw
 
     def pooled(
         self, input_ids: Tensor, attention_mask: Tensor, last: Tensor, positions: Tensor | None = None
@@ -123,17 +143,31 @@ def load_backbone(config: BackboneConfig, path: str) -> Backbone:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)  # an encoder's two-class head starts from here
     if config.kind == "encoder":
-        model, rows = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True), None
+        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
         if hasattr(model, "pooler"):
             model.pooler = None  # ours is the mean of the states; an adapter there would get no gradient
     else:
         causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        rows = causal.get_output_embeddings().weight.detach()[answer_ids(load_tokenizer(path), config.answers)].clone()
+        head, ids = causal.get_output_embeddings(), answer_ids(load_tokenizer(path), config.answers)
         model = causal.get_decoder()
     if config.gradient_checkpointing:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed within transformers 5
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, rows, model.config.hidden_size)
+    if config.kind == "encoder":
+        return Backbone(model, None, model.config.hidden_size)
+    bias = None if getattr(head, "bias", None) is None else head.bias.detach()[ids].clone()
+    return Backbone(model, head.weight.detach()[ids].clone(), model.config.hidden_size, bias, logit_form(causal))
+
+
+def logit_form(causal: nn.Module) -> tuple[float, float]:
+    """What a causal model does to the logits of its head: a factor, and a soft cap after that (0: none).
+
+    Cohere multiplies them, Granite divides them, Gemma 2 caps them: ``cap · tanh(x / cap)``; most do nothing.
+    """
+    config: Any = causal.config
+    factor = getattr(causal, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return factor / divisor, getattr(config, "final_logit_softcapping", None) or 0.0
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":

@@ -1,5 +1,6 @@
 """Whether the settings of a run fit together, asked before any work starts."""
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from itertools import chain, pairwise
@@ -19,6 +20,10 @@ from reclora_dist.config.schema import (
 )
 
 OTHER_MODELS = ("crm", "running_averages")
+SUMMARY = ("training", "seconds", "peak_memory_mib")
+"""What stands beside the models in ``summary.json``."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 """Names of what is evaluated beside the adapters."""
 
 
@@ -46,8 +51,7 @@ def check_config(config: Config) -> None:
     if config.retrieval.short > config.retrieval.long:
         raise ValueError(f"retrieval.short {config.retrieval.short} is above retrieval.long {config.retrieval.long}")
     for name, lora in config.adapters.items():
-        if name in OTHER_MODELS:
-            raise ValueError(f"adapters.{name}: the evaluation calls another model so; give the adapter another name")
+        _check_name(name)
         check_lora(lora, f"adapters.{name}")
         _check_source(config, name)
         if lora.gate == "user" and config.retrieval.strategy != "recent":
@@ -60,6 +64,16 @@ def check_config(config: Config) -> None:
     check_training(config)
     check_engine(config.engine, config.backbone.dtype)
     check_finder(config.finder, config.adapters)
+
+
+def _check_name(name: str) -> None:
+    """An adapter's name is a folder, a key of ``summary.json`` and a word of ``study.compare``."""
+    if name in OTHER_MODELS or name in SUMMARY:
+        raise ValueError(f"adapters.{name}: the evaluation calls something else so; give the adapter another name")
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"adapters: {name!r} cannot name an adapter; take letters, digits, '_', '-', '.', a letter or digit first"
+        )
 
 
 def check_training(config: Config) -> None:

@@ -20,7 +20,7 @@ QUALITY = Format("reclora.quality", 2)
 CRM = Format("reclora.crm", 3)
 ADAPTER = Format("reclora.adapter", 3)
 CHECKPOINT = Format("reclora.checkpoint", 1)
-EVALUATION = Format("reclora.evaluation", 2)
+EVALUATION = Format("reclora.evaluation", 3)
 SERVICE = Format("reclora.service", 1)
 STUDY_RUN = Format("reclora.study_run", 1)
 

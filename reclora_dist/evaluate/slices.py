@@ -27,11 +27,13 @@ class Training:
     """What training knew.
 
     ``item_events`` int64 [items + 1] are the events of each item position in the training split; ``users`` bool
-    [users + 1] says of each user position whether training had a sample of the user.
+    [users + 1] says of each user position whether training had a sample of the user; ``like_rate`` is the share of
+    likes among its samples.
     """
 
     item_events: NDArray[np.int64]
     users: Mask
+    like_rate: float
 
 
 @dataclass(frozen=True)

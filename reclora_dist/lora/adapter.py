@@ -28,6 +28,7 @@ from reclora_dist.contract.manifest import (
 from reclora_dist.contract.schema import ADAPTER, BACKBONE
 from reclora_dist.contract.storage import Folder
 from reclora_dist.crm.build import crm_files, load_crm
+from reclora_dist.lora.gate import GateStack
 from reclora_dist.lora.model import RecLora
 
 _DTYPES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -175,7 +176,8 @@ def start_from(model: RecLora, parameters: Mapping[str, Tensor], seed: int) -> N
     """Give an untrained model the weights of a trained one where name and shape are the same.
 
     A single pair becomes every expert of its bank, so the model says what the trained one says, whatever the mixture.
-    Their B gets a little noise: of equal experts the gate would learn nothing.
+    Their B gets a little noise: of equal experts the gate would learn nothing. In mode ``matrix`` new gates say the
+    identity, whatever they read, at first.
 
     Args:
         seed: of the noise.
@@ -193,6 +195,8 @@ def start_from(model: RecLora, parameters: Mapping[str, Tensor], seed: int) -> N
                 if name.endswith(".B"):
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.add_(START_NOISE * source.std() * noise)
+        if model.config.mode == "matrix" and isinstance(model.gates, GateStack) and "gates.w2" not in parameters:
+            model.gates.w2.zero_()
 
 
 def load_trained(model: RecLora, parameters: Mapping[str, Tensor], origin: str) -> None:

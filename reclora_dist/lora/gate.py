@@ -30,7 +30,7 @@ class GateStack(nn.Module):
 
     The gates' parameters are stacked, so the number of kernels grows neither with the matrices nor with K. In mode
     ``matrix`` (CFLoRA, arXiv 2501.13344) there is neither softmax nor temperature: a gate's r² numbers are a matrix
-    that goes between A and B. Its bias starts at the identity, which is plain LoRA.
+    that goes between A and B. Its bias starts at the identity.
     """
 
     def __init__(self, gates: int, state: int, config: LoraConfig) -> None:

@@ -1,6 +1,5 @@
 """The evaluation stage: every model scores the same rows, in Ray tasks; metrics, differences, predictions."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -22,7 +21,7 @@ from reclora_dist.config.run import folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import evaluation_target
 from reclora_dist.contract.arrays import read_array
-from reclora_dist.contract.manifest import FileEntry, add_file, verified
+from reclora_dist.contract.manifest import FileEntry, add_digested, digested, verified
 from reclora_dist.contract.parts import read_parts, write_part
 from reclora_dist.contract.schema import CRM, EVALUATION, EVENTS, SHARDS, STATISTICS, VECTORS, candidates, predictions
 from reclora_dist.contract.storage import Folder
@@ -30,7 +29,7 @@ from reclora_dist.crm.build import load_crm
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch, matrix
 from reclora_dist.data.features import FeatureStore
 from reclora_dist.evaluate.baselines import running_averages
-from reclora_dist.evaluate.metrics import METRICS, Interval, binary_metrics, mean_interval, paired_difference
+from reclora_dist.evaluate.metrics import METRICS, binary_metrics, mean_interval, paired_difference
 from reclora_dist.evaluate.ranking import CANDIDATES, RANKING_METRICS, candidate_rows, draw_candidates, ranking_values
 from reclora_dist.evaluate.report import Difference, ModelResult, RankingResult, SliceResult
 from reclora_dist.evaluate.scorer import Scorer, crm_probability, shuffled
@@ -50,6 +49,8 @@ from reclora_dist.telemetry.meters import Meters
 SPLITS = ("validation", "test")
 RANKING = "ranking"
 RESULTS = "metrics.json"
+UNDEFINED: Mapping[str, float | None] = dict.fromkeys(("mean", "low", "high"))
+"""What stands in the results for a difference without a value."""
 MIXTURE_ROWS = 512
 
 Scores = npt.NDArray[np.float64]
@@ -77,11 +78,11 @@ def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
     rates: dict[str, float] = {}
     training = read_training(config)
     if config.evaluate.ranking_users:
-        results[RANKING], written = _rank(config, target.folder)
+        results[RANKING], written = _rank(config, target.folder, training.like_rate)
         files += written
     for split in SPLITS:
         rows = split_rows(config, split)
-        scored = _score(config, rows, split)
+        scored = _score(config, rows, split, training.like_rate)
         files += [_write_predictions(target.folder, split, model, rows, s) for model, s in scored.items()]
         scores = {model: s.scores for model, s in scored.items()}
         results["splits"][split] = _metrics(config, rows, scores, split, meters)
@@ -93,7 +94,7 @@ def evaluate_run(config: Config, meters: Meters) -> dict[str, float]:
         mixtures = {model: s.mixtures for model, s in scored.items() if s.mixtures is not None}
         files += [_write_mixtures(target.folder, split, model, found) for model, found in mixtures.items()]
         rates = {model: s.samples_per_second for model, s in scored.items()}
-    files.append(add_file(target.folder, RESULTS, json.dumps(results, indent=1).encode()))
+    files.append(add_digested(target.folder, RESULTS, json.dumps(results, indent=1, allow_nan=False).encode()))
     target.commit(files)
     return rates
 
@@ -104,7 +105,7 @@ def split_rows(config: Config, split: str) -> pa.Table:
     return read_parts(folder(config, "shards"), shards.select(f"text/split={split}/"), [*TEXT_COLUMNS, "time"])
 
 
-def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
+def _score(config: Config, rows: pa.Table, split: str, like_rate: float) -> dict[str, Scored]:
     """Scores of all models, the adapters' in Ray tasks."""
     workers = max(1, config.ray.workers)
     cuts = np.linspace(0, rows.num_rows, workers + 1).astype(int)
@@ -131,7 +132,7 @@ def _score(config: Config, rows: pa.Table, split: str) -> dict[str, Scored]:
         adapters[name] = _joined(ray.get(references))
         print(f"evaluation: {name} scored {rows.num_rows:,} {split} rows", flush=True)
     # these two in the end: beside the tasks of the others their rates would say little
-    return {"running_averages": _baseline(config, rows), "crm": _crm(config, rows), **adapters}
+    return {"running_averages": _baseline(config, rows, like_rate), "crm": _crm(config, rows), **adapters}
 
 
 def _score_adapter(
@@ -152,11 +153,11 @@ def _joined(parts: Sequence[Scored]) -> Scored:
     return Scored(np.concatenate([part.scores for part in parts]), rate, np.concatenate(mixtures) if mixtures else None)
 
 
-def _baseline(config: Config, rows: pa.Table) -> Scored:
+def _baseline(config: Config, rows: pa.Table, like_rate: float) -> Scored:
     facts = manifest(config, "shards", SHARDS).facts
     likes = np.array([0, *facts["level_likes"]], np.float64)
     started = time.perf_counter()
-    scores = running_averages(rows, read_vectors(config), likes)
+    scores = running_averages(rows, read_vectors(config), likes, like_rate)
     return Scored(scores, rows.num_rows / (time.perf_counter() - started))
 
 
@@ -182,12 +183,16 @@ def _crm(config: Config, rows: pa.Table) -> Scored:
 
 def _crm_on_all_rows(config: Config, split: str, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     """The CRM's metrics on the whole split, of which the text rows are a sample, and on its slices."""
-    shards = manifest(config, "shards", SHARDS)
-    rows = read_parts(folder(config, "shards"), shards.select(f"crm/split={split}/"), CRM_COLUMNS)
-    scores = _crm(config, rows).scores
-    metrics = binary_metrics(_labels(rows), scores, _users(rows), config.evaluate)
-    parts, _ = _slices(config, rows, {"crm": scores}, training)
-    return {"rows": rows.num_rows, **{key: dataclasses.asdict(value) for key, value in metrics.items()}}, parts
+    kept, scores = [], []
+    for entry in manifest(config, "shards", SHARDS).select(f"crm/split={split}/"):  # a file is what memory must hold
+        part = read_parts(folder(config, "shards"), [entry], CRM_COLUMNS)
+        scores.append(_crm(config, part).scores)
+        kept.append(part.select(("label", "user", "item", "statistics")))
+    rows = pa.concat_tables(kept)
+    found = {"crm": np.concatenate(scores)}
+    metrics = binary_metrics(_labels(rows), found["crm"], _users(rows), config.evaluate)
+    parts, _ = _slices(config, rows, found, training)
+    return {"rows": rows.num_rows, **{key: as_json(value) for key, value in metrics.items()}}, parts
 
 
 def read_training(config: Config) -> Training:
@@ -196,13 +201,14 @@ def read_training(config: Config) -> Training:
     items = read_parts(folder(config, "events"), events.select("items/"), ["item", "train_events"])
     item_events = np.zeros(events.facts["items"] + 1, np.int64)
     item_events[items["item"].to_numpy()] = items["train_events"].to_numpy()
-    users = np.zeros(events.facts["users"] + 1, np.bool_)
+    users, likes = np.zeros(events.facts["users"] + 1, np.bool_), 0
     for entry in shards.select("crm/split=train/"):
-        # one column of many: only its bytes are fetched, so no digest of the file; whoever trained has checked it
+        # two columns of many: only their bytes are fetched, so no digest of the file; whoever trained has checked it
         with folder(config, "shards").open(entry.path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["user"]):
+            for batch in pq.ParquetFile(file).iter_batches(columns=["user", "label"]):
                 users[batch["user"].to_numpy()] = True
-    return Training(item_events, users)
+                likes += int(batch["label"].to_numpy().sum(dtype=np.int64))
+    return Training(item_events, users, likes / max(1, shards.rows("crm/split=train/")))
 
 
 def _slices(
@@ -217,11 +223,11 @@ def _slices(
     return slice_metrics(known, scores, masks, config.evaluate), list(between)
 
 
-def _rank(config: Config, target: Folder) -> tuple[dict[str, Any], list[FileEntry]]:
+def _rank(config: Config, target: Folder, like_rate: float) -> tuple[dict[str, Any], list[FileEntry]]:
     """Draw lists of candidates, write them, score them with every model; metrics, and the files."""
     task = _draw.options(num_cpus=config.ray.cpus_per_worker)
     drawn, rows = ray.get(task.remote(config))
-    scored = _score(config, rows, RANKING)
+    scored = _score(config, rows, RANKING, like_rate)
     files = [write_part(target, "candidates/", 0, drawn, 100_000)]
     files += [_write_predictions(target, RANKING, model, rows, s) for model, s in scored.items()]
     values = {model: ranking_values(s.scores, _labels(rows)) for model, s in scored.items()}
@@ -230,7 +236,7 @@ def _rank(config: Config, target: Folder) -> tuple[dict[str, Any], list[FileEntr
         for model, found in values.items()
     }
     between = [
-        {"better": better, "than": than, "metric": metric, **dataclasses.asdict(interval)}
+        {"better": better, "than": than, "metric": metric, **(as_json(interval) or UNDEFINED)}
         for better, than in config.compare
         for metric in RANKING_METRICS
         for interval in [mean_interval(values[better][metric] - values[than][metric], config.evaluate)]
@@ -255,8 +261,11 @@ def _metrics(
 ) -> dict[str, Any]:
     result = {}
     for model, values in scores.items():
-        metrics = binary_metrics(_labels(rows), values, _users(rows), config.evaluate)
-        result[model] = {key: dataclasses.asdict(value) for key, value in metrics.items()}
+        try:
+            metrics = binary_metrics(_labels(rows), values, _users(rows), config.evaluate)
+        except ValueError as error:
+            raise ValueError(f"{model} on the {split} split: {error}") from error
+        result[model] = {key: as_json(value) for key, value in metrics.items()}
         meters.add(names.EVALUATION_SAMPLES, len(values), model=model, split=split)
         for key, value in metrics.items():
             meters.set(names.EVALUATION_METRIC, value.mean, model=model, split=split, metric=key)
@@ -270,7 +279,7 @@ def _differences(config: Config, rows: pa.Table, scored: Mapping[str, Scored], s
                 _labels(rows), scored[better].scores, scored[than].scores, _users(rows), config.evaluate, metric
             )
             pair = {"split": split, "better": better, "than": than, "metric": metric}
-            yield {**pair, **dataclasses.asdict(interval)}
+            yield {**pair, **(as_json(interval) or UNDEFINED)}
 
 
 def _labels(rows: pa.Table) -> npt.NDArray[np.int8]:
@@ -292,20 +301,19 @@ def _write_predictions(target: Folder, split: str, model: str, rows: pa.Table, s
 def _write_mixtures(target: Folder, split: str, model: str, mixtures: npt.NDArray[np.float32]) -> FileEntry:
     buffer = io.BytesIO()
     np.save(buffer, mixtures, allow_pickle=False)
-    return add_file(target, f"mixtures/{split}/{model}.npy", buffer.getvalue())
+    return add_digested(target, f"mixtures/{split}/{model}/part.npy", buffer.getvalue())
 
 
 def results(config: Config, split: str, rates: Mapping[str, float]) -> tuple[list[ModelResult], list[Difference]]:
     """What a report shows of a split, read back from ``evaluation/``."""
     source, record = folder(config, "evaluation"), manifest(config, "evaluation", EVALUATION)
-    read = {entry.path: entry for entry in record.files}
     found = _found(config)
     models = []
     for model, metrics in found["splits"][split].items():
         table = read_parts(source, record.select(f"predictions/{split}/{model}/"))
-        mixtures = read.get(f"mixtures/{split}/{model}.npy")
-        loaded = None if mixtures is None else np.load(io.BytesIO(verified(source, mixtures)), allow_pickle=False)
-        intervals = {key: Interval(**value) for key, value in metrics.items()}
+        mixtures = record.select(f"mixtures/{split}/{model}/")
+        loaded = np.load(io.BytesIO(verified(source, mixtures[0])), allow_pickle=False) if mixtures else None
+        intervals = {key: from_json(value or UNDEFINED) for key, value in metrics.items()}
         scores = table["score"].to_numpy()
         models.append(ModelResult(model, intervals, _labels(table), scores, rates.get(model), loaded))
     return models, _read_differences(found["differences"], split=split)
@@ -332,8 +340,8 @@ def ranking_result(config: Config) -> RankingResult | None:
 
 def _found(config: Config) -> dict[str, Any]:
     record = manifest(config, "evaluation", EVALUATION)
-    entry = next(entry for entry in record.files if entry.path == RESULTS)
-    found: dict[str, Any] = json.loads(verified(folder(config, "evaluation"), entry))
+    source = folder(config, "evaluation")
+    found: dict[str, Any] = json.loads(verified(source, digested(source, record, RESULTS)))
     return found
 
 

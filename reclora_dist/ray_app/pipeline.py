@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from reclora_dist.config import targets
-from reclora_dist.config.check import check_config, check_raw
+from reclora_dist.config.check import OTHER_MODELS, check_config, check_raw, shuffled_names
 from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.storage import Folder
@@ -96,7 +96,7 @@ def run_stages(config: Config, names: Sequence[str]) -> dict[str, Any]:
         check_raw(config)
     home = Folder(config.paths.run)
     write_record(config, datetime.now(UTC).isoformat(timespec="seconds"))
-    timings = _read_state(home)
+    timings = _read_state(home, config)
     with ExitStack() as stack, PeakMemory() as memory, closing(SparkJobs(config)) as spark:
         session = Session(config, stack, spark, rates=dict(timings.get("samples_per_s", {})))
         groups = [list(group) for _, group in groupby(stages, lambda stage: "training" if stage.trains else stage.name)]
@@ -247,6 +247,13 @@ def _service(session: Session) -> None:
     check_service(session.config, session.join(), session.emitted | series_of("serve"))
 
 
-def _read_state(home: Folder) -> dict[str, Any]:
+def _read_state(home: Folder, config: Config) -> dict[str, Any]:
+    """What earlier runs measured of the stages and models that this config has."""
     state: dict[str, Any] = json.loads(home.read(STATE)) if home.exists(STATE) else {}
+    kept = {
+        "seconds": {"workers", *(stage.name for stage in plan(config))},
+        "samples_per_s": {*OTHER_MODELS, *config.adapters, *shuffled_names(config).values()},
+    }
+    for key, names in kept.items():
+        state[key] = {name: value for name, value in state.get(key, {}).items() if name in names}
     return state

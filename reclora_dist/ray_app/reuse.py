@@ -1,6 +1,7 @@
 """Stages that a sibling run has made already: linked into a run's folder instead of made again."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import Target
 from reclora_dist.contract.manifest import digest, is_current, read_manifest
+from reclora_dist.contract.schema import ADAPTER
 from reclora_dist.contract.storage import Folder
-from reclora_dist.ray_app.pipeline import Stage, plan, raw_path
+from reclora_dist.ray_app.pipeline import STATE, Stage, plan, raw_path
 from spark_jobs import build_events, report_quality, retrieve_history, synthesise, write_shards
 from spark_jobs.stage import open_inputs
 
@@ -49,10 +51,19 @@ def reuse_stages(config: Config, siblings: Sequence[str]) -> list[str]:
         name = Path(target.folder.local()).relative_to(Folder(config.paths.run).local()).as_posix()
         donors = (Folder(sibling).child(name) for sibling in siblings)
         donor = next((d for d in donors if is_current(d, target.format, target.config_digest, target.parents)), None)
-        if donor:
-            _link(donor, target)
+        if donor and _link(donor, target):
             taken.append(stage.name)
+    _forget(config, taken)
     return taken
+
+
+def _forget(config: Config, stages: Sequence[str]) -> None:
+    """Take away what the run itself once measured of stages that are another run's now."""
+    home = Folder(config.paths.run)
+    if home.exists(STATE):
+        state = json.loads(home.read(STATE))
+        state["seconds"] = {name: value for name, value in state.get("seconds", {}).items() if name not in stages}
+        home.write(STATE, json.dumps(state, indent=1).encode())
 
 
 def _is_trained(stage: Stage) -> bool:
@@ -76,8 +87,15 @@ def _spark_target(config: Config, stage: str) -> Target:
     return Target(folder(config, output), job.output, digest(settings), inputs.parents)
 
 
-def _link(donor: Folder, target: Target) -> None:
+def _link(donor: Folder, target: Target) -> bool:
+    """Whether the donor is still what it was, and its files are the target's now."""
     manifest = read_manifest(donor, target.format)
+    if digest([manifest.config_digest, dict(manifest.parents)]) != target.digest:
+        return False  # it is being made anew
+    if target.format == ADAPTER:  # the card is in no manifest, and none is better than that of another adapter
+        from reclora_dist.lora.adapter import CARD  # which loads torch
+
+        (target.folder.local() / CARD).unlink(missing_ok=True)
     for entry in manifest.files:
         source, place = donor.local() / entry.path, target.folder.local() / entry.path
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -87,3 +105,4 @@ def _link(donor: Folder, target: Target) -> None:
         except OSError:  # no hard links here, or too many of this file
             shutil.copyfile(source, place)
     target.commit(manifest.files, manifest.facts)
+    return True

@@ -50,27 +50,32 @@ class Run:
 
     @property
     def config_digest(self) -> str:
-        """Digest of all settings, but not of where the run lies or of which study it is a part."""
-        return digest(dataclasses.replace(self.config, paths=PathsConfig(), study=StudyConfig()))
+        """Digest of all settings and commands, but not of where the run lies or of which study it is a part."""
+        part = StudyConfig(commands=self.config.study.commands)
+        return digest(dataclasses.replace(self.config, paths=PathsConfig(), study=part))
+
+    @property
+    def evaluation(self) -> Folder | None:
+        """The evaluation that its commands made; None where they make none, or have not yet."""
+        found = self.folder.child("evaluation")
+        evaluates = {"pipeline", "evaluate"} & set(self.config.study.commands)
+        return found if evaluates and found.exists("manifest.json") else None
 
     @property
     def is_finished(self) -> bool:
         """Whether it went to its end with this configuration, and its evaluation is still the one it made."""
-        return is_current(self.folder.child("finished"), STUDY_RUN, self.config_digest, _made(self.folder))
+        return is_current(self.folder.child("finished"), STUDY_RUN, self.config_digest, self._made)
 
     def finish(self, seconds: float) -> None:
         """Write the manifest that says so."""
         facts = {"point": self.point.name, "seed": self.seed, "arguments": self.arguments, "seconds": round(seconds, 1)}
-        record = Manifest(STUDY_RUN.name, STUDY_RUN.version, self.config_digest, _made(self.folder), (), facts)
+        record = Manifest(STUDY_RUN.name, STUDY_RUN.version, self.config_digest, self._made, (), facts)
         commit(self.folder.child("finished"), record)
 
-
-def _made(run: Folder) -> dict[str, str]:
-    """Content digest of the run's evaluation; nothing where the study evaluates nothing."""
-    evaluation = run.child("evaluation")
-    if not evaluation.exists("manifest.json"):
-        return {}
-    return {"evaluation": read_manifest(evaluation, EVALUATION).content_digest}
+    @property
+    def _made(self) -> dict[str, str]:
+        """Content digest of the evaluation; nothing where there is none."""
+        return {"evaluation": read_manifest(self.evaluation, EVALUATION).content_digest} if self.evaluation else {}
 
 
 def expand(study: StudyConfig) -> list[Point]:
@@ -116,6 +121,8 @@ def runs(config: Config, overrides: Sequence[str], compose: Compose) -> list[Run
             composed = compose([*overrides, *point.overrides])
             check_config(composed)
             check_raw(composed)
+            if composed.paths.shards:
+                raise ValueError("paths.shards is given, but every run of a study makes its own shards; leave it out")
         except ValueError as error:
             raise ConfigError(f"point {point.name!r}: {error}") from error
         found += [_run(config, composed, [*overrides, *point.overrides], point, seed) for seed in config.study.seeds]

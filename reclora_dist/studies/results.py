@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from reclora_dist.config.run import folder
 from reclora_dist.config.schema import Config
-from reclora_dist.contract.manifest import read_manifest, verified
+from reclora_dist.contract.manifest import digested, read_manifest, verified
 from reclora_dist.contract.parts import read_parts
-from reclora_dist.contract.schema import EVALUATION, SHARDS
+from reclora_dist.contract.schema import EVALUATION
 from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.metrics import METRICS, Interval, paired_difference
 from reclora_dist.studies.grid import Run
@@ -77,10 +76,10 @@ def t_interval(values: Sequence[float]) -> Interval:
 def rows_of(run: Run) -> Iterator[Row]:
     """All figures of a run: those of its evaluation, and pace and seconds of the stages that it did itself."""
     point, seed = run.point.name, run.seed
-    evaluation = run.folder.child("evaluation")
-    if evaluation.exists("manifest.json"):
+    evaluation = run.evaluation
+    if evaluation:
         record = read_manifest(evaluation, EVALUATION)
-        entry = next(e for e in record.files if e.path == "metrics.json")
+        entry = digested(evaluation, record, "metrics.json")
         for path, leaf, n in _leaves(json.loads(verified(evaluation, entry)), (), 0):
             split, slice_, model, metric = _named(path)
             rows = n or record.rows(f"predictions/{split}/{model}/")
@@ -89,14 +88,14 @@ def rows_of(run: Run) -> Iterator[Row]:
 
 
 def _leaves(node: object, path: tuple[str, ...], n: int) -> Iterator[tuple[tuple[str, ...], Mapping[str, float], int]]:
-    """Every ``{mean, low, high}`` below a node, its path, and the ``rows`` that stand nearest above it."""
+    """Every ``{mean, low, high}`` below a node, its path, and the ``rows`` (or ``users``) nearest above it."""
     if not isinstance(node, Mapping):
         return
     if {"mean", "low", "high"} <= node.keys():
         if node["mean"] is not None:
             yield path, {key: NAN if node[key] is None else float(node[key]) for key in ("mean", "low", "high")}, n
         return
-    rows = node.get("rows", n)
+    rows = node.get("rows", node.get("users", n))  # of a ranking, lists: one per user
     for key, child in node.items():
         yield from _leaves(child, (*path, key), rows if isinstance(rows, int) else n)
 
@@ -124,24 +123,30 @@ def _paces(run: Run) -> Iterator[Row]:
 
 
 def _training_samples(run: Run) -> dict[str, int]:
-    """Samples that a training stage goes through, over all epochs, by the stage's name."""
-    shards = folder(run.config, "shards")
-    if not shards.exists("manifest.json"):
-        return {}
-    record, config = read_manifest(shards, SHARDS), run.config
-    rows, texts = record.rows("crm/split=train/"), record.rows("text/split=train/")
-    adapters = {f"adapter {name}": texts * config.training(name).epochs for name in config.adapters}
-    return {"crm": rows * config.crm_train.epochs, **adapters}
+    """Samples that a training stage went through in the time that ``timings.json`` says, by the stage's name.
+
+    After a restart that is the last process's time; what others had done before it is not counted.
+    """
+    home = run.folder.child("training")
+    stages = {"crm": "crm", **{name: f"adapter {name}" for name in run.config.adapters}}
+    return {
+        stage: round(json.loads(home.read(f"{name}.json"))["steps"] * run.config.training(name).batch_size)
+        for name, stage in stages.items()
+        if home.exists(f"{name}.json")
+    }
 
 
 def compare(config: Config, runs: Sequence[Run], rows: Sequence[Row]) -> list[Difference]:
-    """Paired differences of ``study.compare``, on the split and by the metrics that the study shows."""
+    """Paired differences of ``study.compare``, on the split and by the metrics that the study shows.
+
+    A side that names no point stands for every point.
+    """
     study = config.study
     values = {(r.point, r.seed, r.model, r.metric): r.value for r in rows if (r.split, r.slice) == (study.split, "")}
     names = list(dict.fromkeys(run.point.name for run in runs))
     found = []
     for better, than in study.compare:
-        for point in names if "@" not in better + than else [""]:
+        for point in [""] if "@" in better and "@" in than else names:
             sides = [_side(side, point) for side in (better, than)]
             for metric in study.metrics:
                 seeds = _by_seed(config, runs, values, sides, metric)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from reclora_dist.backbone.load import Backbone, answer_ids, load_tokenizer
+from reclora_dist.backbone.load import Backbone, answer_ids, load_tokenizer, logit_form
 from reclora_dist.config.schema import BackboneConfig, EngineConfig, TrainConfig
 
 
@@ -40,19 +40,21 @@ def load_partitioned(config: BackboneConfig, path: str, engine: EngineConfig, tr
         model = AutoModel.from_config(settings, dtype=dtype)
     if config.kind == "encoder" and hasattr(model, "pooler"):
         model.pooler = None
-    rows, prefix = None, getattr(model, "base_model_prefix", "")
+    rows, bias, form, prefix = None, None, (1.0, 0.0), getattr(model, "base_model_prefix", "")
     if config.kind != "encoder":
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-        prefix = whole.base_model_prefix
-        head = _name_of(whole, whole.get_output_embeddings().weight)
-        tied = _name_of(whole, whole.get_input_embeddings().weight)
-        rows = _rows(home, (head, tied), answer_ids(load_tokenizer(path), config.answers)).to(dtype)
+        prefix, form, head = whole.base_model_prefix, logit_form(whole), whole.get_output_embeddings()
+        names = _name_of(whole, head.weight), _name_of(whole, whole.get_input_embeddings().weight)  # or a tied one
+        ids = answer_ids(load_tokenizer(path), config.answers)
+        rows = _rows(home, names, ids).to(dtype)
+        if getattr(head, "bias", None) is not None:
+            bias = _rows(home, (_name_of(whole, head.bias),), ids).to(dtype)
     _fill(model, home, prefix)
     _compute_buffers(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, rows, model.config.hidden_size)
+    return Backbone(model, rows, model.config.hidden_size, bias, form)
 
 
 def _folder(path: str) -> Path:

@@ -84,7 +84,7 @@ def test_a_task_that_reserved_a_gpu_leaves_no_process_on_it(
     config = dataclasses.replace(
         small_config(prepared), ray=RayConfig(workers=1, cpus_per_worker=2, gpus_per_worker=gpus)
     )
-    scored = evaluate._score(config, evaluate.split_rows(config, "test"), "test")
+    scored = evaluate._score(config, evaluate.split_rows(config, "test"), "test", 0.5)
     found = np.concatenate([scored[name].scores for name in config.adapters])
     assert set(found % 1) == {0.0 if device == "cpu" else 0.5}
     assert len(set(found)) == processes

@@ -16,10 +16,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    CohereConfig,
+    Gemma2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -127,6 +131,10 @@ CAUSAL = {
     "qwen2": (Qwen2Config(**SMALL, num_key_value_heads=1), {"q_proj", "v_proj"}),
     "qwen3": (Qwen3Config(**SMALL, **GROUPED), {"q_proj", "v_proj"}),
     "gpt_neox": (GPTNeoXConfig(**SMALL), {"query_key_value"}),
+    "phi (head with a bias)": (PhiConfig(**SMALL), {"q_proj", "v_proj"}),
+    "granite (logits divided)": (GraniteConfig(**SMALL, logits_scaling=8.0), {"q_proj", "v_proj"}),
+    "cohere (logits multiplied)": (CohereConfig(**SMALL, logit_scale=0.5), {"q_proj", "v_proj"}),
+    "gemma 2 (logits capped)": (Gemma2Config(**SMALL, **GROUPED, final_logit_softcapping=0.2), {"q_proj", "v_proj"}),
 }
 MODERN = {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8}
 ENCODERS = {
@@ -161,6 +169,8 @@ def test_a_causal_family_scores_as_its_full_head_without_computing_it(family: st
     torch.manual_seed(0)
     config, names = CAUSAL[family]
     full = AutoModelForCausalLM.from_config(config).eval()
+    if full.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(full.get_output_embeddings().bias)
     full.save_pretrained(tmp_path)
     tokenizer = train_tokenizer(TEXTS, 320)
     tokenizer.save_pretrained(tmp_path)
@@ -226,8 +236,7 @@ def test_the_last_mlp_is_computed_only_where_the_score_is_read(family: str, tmp_
     backbone._rows = None  # a copy has hooks of its own
     torch.testing.assert_close(copy.deepcopy(backbone)(ids, mask, last), found[0])
     hidden = backbone.model(input_ids=ids, use_cache=False).last_hidden_state[torch.arange(3), last]
-    assert backbone.answers is not None
-    expected = gradients(hidden @ backbone.answers.T, banks)
+    expected = gradients(backbone.answer(hidden), banks)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

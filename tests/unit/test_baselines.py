@@ -3,9 +3,11 @@
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reclora_dist.evaluate import baselines
 from reclora_dist.evaluate.baselines import PRIOR, running_averages
 
 LIKES = np.array([0, 0, 0, 0, 1, 1], np.float64)
@@ -43,10 +45,16 @@ def one(row: dict[str, list[float]], vectors: npt.NDArray[np.float32], prior: fl
 @given(rows=st.integers(1, 8), items=st.integers(1, 6), steps=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_equals_the_sentence(rows: int, items: int, steps: int, seed: int) -> None:
     table, vectors = samples(rows, items, steps, seed)
-    counts = np.array(table["statistics"].to_pylist())
-    prior = counts[:, 1].sum() / max(1, counts[:, 0].sum())
-    expected = [np.clip(one(row, vectors, prior), 1e-6, 1 - 1e-6) for row in table.to_pylist()]
-    np.testing.assert_allclose(running_averages(table, vectors, LIKES), expected, rtol=1e-5)
+    expected = [np.clip(one(row, vectors, 0.6), 1e-6, 1 - 1e-6) for row in table.to_pylist()]
+    np.testing.assert_allclose(running_averages(table, vectors, LIKES, 0.6), expected, rtol=1e-5)
+
+
+def test_a_score_is_the_same_whatever_rows_are_scored_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which later ones would tell it something; and in blocks, for memory."""
+    table, vectors = samples(7, 5, 4, 0)
+    alone = [running_averages(table.slice(row, 1), vectors, LIKES, 0.6)[0] for row in range(7)]
+    monkeypatch.setattr(baselines, "BLOCK", 3)
+    np.testing.assert_array_equal(running_averages(table, vectors, LIKES, 0.6), alone)
 
 
 def test_nothing_known_gives_a_probability_inside_the_open_interval() -> None:
@@ -55,5 +63,5 @@ def test_nothing_known_gives_a_probability_inside_the_open_interval() -> None:
     for name, kind in (("long_items", pa.int32()), ("long_levels", pa.int8())):
         place = empty.column_names.index(name)
         empty = empty.set_column(place, name, pa.array([[0, 0]] * 3, pa.list_(kind, 2)))
-    scores = running_averages(empty, vectors, LIKES)
+    scores = running_averages(empty, vectors, LIKES, 0.6)
     assert ((scores > 0) & (scores < 1)).all()

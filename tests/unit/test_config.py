@@ -149,8 +149,13 @@ def test_every_problem_is_a_line() -> None:
         (["engine.zero_stage=2", "engine.offload_parameters=cpu"], "needs engine.zero_stage 3 or higher, not 2"),
         (
             ["+adapters.crm.experts=2"],
-            "adapters.crm: the evaluation calls another model so; give the adapter another name",
+            "adapters.crm: the evaluation calls something else so; give the adapter another name",
         ),
+        (
+            ["+adapters.seconds.experts=2"],
+            "adapters.seconds: the evaluation calls something else so; give the adapter another name",
+        ),
+        (["+adapters={a/b: {experts: 2}}"], "adapters: 'a/b' cannot name an adapter; take letters, digits"),
         (["ray.min_workers=3"], "ray.min_workers 3 is above ray.workers 2"),
     ],
 )

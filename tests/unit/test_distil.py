@@ -91,13 +91,10 @@ def test_an_adapter_of_the_same_form_is_taken_over_whole() -> None:
 
 
 def test_the_identity_between_a_and_b_says_what_one_pair_says() -> None:
-    """CFLoRA's gate starts near the identity: near what the pair says."""
+    """Whatever CFLoRA's gate reads, at first."""
     source = trained(ONE).eval()
     started = model(LoraConfig(experts=1, rank=2, mode="matrix", gate_hidden=5)).eval()
     start_from(started, weights(source), seed=0)
-    assert started.gates is not None
-    with torch.no_grad():
-        started.gates.w2.zero_()
     torch.testing.assert_close(started(text_batch()), source(text_batch()))
 
 

@@ -3,12 +3,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_data import small_config, write_run
 
-from reclora_dist.config.schema import EvaluateConfig
+from reclora_dist.config.schema import Config, EvaluateConfig
 from reclora_dist.contract import schema
 from reclora_dist.contract.manifest import commit, read_manifest
 from reclora_dist.contract.parts import read_parts, write_part
@@ -26,7 +27,9 @@ from reclora_dist.evaluate.slices import (
     slice_metrics,
     slices,
 )
+from reclora_dist.ray_app import evaluate
 from reclora_dist.ray_app.evaluate import read_training
+from reclora_dist.telemetry.meters import NullMeters
 
 CONFIG = EvaluateConfig(bootstrap=20, rare=3, history_bands=(10, 30))
 
@@ -69,7 +72,7 @@ def test_bounds_belong_to_the_slice_that_names_them():
 
 def test_items_and_users_are_looked_up_by_position():
     found = Rows(*[np.array(v) for v in ([0, 1, 0], [1, 2, 2], [3, 1, 2], [0, 0, 0])])
-    training = Training(np.array([0, 7, 2, 0]), np.array([False, True, False]))
+    training = Training(np.array([0, 7, 2, 0]), np.array([False, True, False]), 0.5)
     masks = slices(found, training, CONFIG)
     assert [masks[name].tolist() for name in ("unseen_items", "rare_items", "other_items", "new_users")] == [
         [True, False, False], [False, False, True], [False, True, False], [False, True, True],
@@ -126,4 +129,15 @@ def test_known_users_are_those_of_the_training_rows_whatever_part_they_lie_in(tm
     training = read_training(small_config(tmp_path))
     assert np.flatnonzero(training.users).tolist() == [2, 3, 11]
     assert len(training.users) == 13
+    assert training.like_rate == pytest.approx(np.mean(pa.concat_tables(kept)["label"].to_numpy()))
     assert training.item_events.tolist() == [0] + [1] * 40
+
+
+def test_what_is_undefined_is_null_and_what_cannot_be_judged_names_model_and_split() -> None:
+    rows = pa.table({"label": pa.array([0, 1], pa.int8()), "user": pa.array([1, 2], pa.int32())})
+    config, meters = Config(evaluate=EvaluateConfig(bootstrap=5)), NullMeters()
+    found = evaluate._metrics(config, rows, {"lora": np.array([0.2, 0.7])}, "test", meters)
+    assert found["lora"]["gauc"] is None, "no user has both labels"
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    with pytest.raises(ValueError, match="^lora on the test split: "):
+        evaluate._metrics(config, rows, {"lora": np.array([0.2, np.nan])}, "test", meters)

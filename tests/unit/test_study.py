@@ -21,7 +21,7 @@ from reclora_dist.config.check import check_study
 from reclora_dist.config.load import ConfigError, build, override
 from reclora_dist.config.schema import Config, StudyConfig, SynthesiseConfig
 from reclora_dist.config.targets import backbone_target, crm_target
-from reclora_dist.contract.manifest import Manifest, add_file, commit, digest, read_manifest
+from reclora_dist.contract.manifest import Manifest, add_digested, add_file, commit, digest, read_manifest
 from reclora_dist.contract.parts import write_part
 from reclora_dist.contract.schema import BACKBONE, CRM, EVALUATION, EVENTS, RAW, SHARDS, predictions
 from reclora_dist.contract.storage import Folder
@@ -152,8 +152,19 @@ def test_the_digest_of_a_run_is_of_its_settings_alone(tmp_path: Path) -> None:
     (one,) = grid_of(tmp_path / "a", seeds=(1,))
     (moved,) = grid_of(tmp_path / "b", seeds=(1,), metrics=("auc",))
     (other,) = grid_of(tmp_path / "a", "crm.dropout=0.2", seeds=(1,))
+    (shorter,) = grid_of(tmp_path / "a", "study.commands=[prepare,train]", seeds=(1,))
     assert one.config_digest == moved.config_digest
-    assert one.config_digest != other.config_digest
+    assert len({run.config_digest for run in (one, other, shorter)}) == 3
+
+
+def test_an_evaluation_that_the_commands_do_not_make_is_not_read(tmp_path: Path) -> None:
+    """It is an earlier run's, with other settings perhaps."""
+    (run,) = grid_of(tmp_path, "study.commands=[prepare,train]", seeds=(1,))
+    write_evaluation(run.folder)
+    assert list(results.rows_of(run)) == []
+    run.finish(1.0)
+    write_evaluation(run.folder, shift=0.01)
+    assert run.is_finished
 
 
 SCORES = {"a": [0.9, 0.8, 0.3, 0.4, 0.6, 0.2], "b": [0.5, 0.6, 0.7, 0.2, 0.3, 0.4]}
@@ -174,10 +185,10 @@ def write_evaluation(run: Folder, first_sample: int = 0, shift: float = 0.0, lab
         "splits": {"test": {"a": {"auc": interval}, "b": {"auc": {"mean": 0.7, "low": 0.6, "high": 0.8}}}},
         "all_rows": {"test": {"crm": {"rows": 50, "auc": interval}}},
         "slices": {"test": {"new items": {"rows": 4, "users": 2, "a": {"auc": interval, "gauc": None}}}},
-        "ranking": {"a": {"hr@1": interval}},
+        "ranking": {"users": 3, "models": {"a": {"hr@1": interval}}},
         "differences": [{"split": "test", "better": "a", "than": "b", "metric": "auc", **interval}],
     }
-    files.append(add_file(folder, "metrics.json", json.dumps(metrics).encode()))
+    files.append(add_digested(folder, "metrics.json", json.dumps(metrics).encode()))
     commit(folder, Manifest(EVALUATION.name, EVALUATION.version, "sample", {}, tuple(files), {}))
 
 
@@ -227,24 +238,23 @@ def test_every_figure_is_a_row_whatever_it_is_of(tmp_path: Path) -> None:
     found = {(row.split, row.slice, row.model, row.metric): row for row in results.rows_of(run)}
     assert set(found) == {
         ("test", "", "a", "auc"), ("test", "", "b", "auc"), ("test", "all_rows", "crm", "auc"),
-        ("test", "new items", "a", "auc"), ("test", "ranking", "a", "hr@1"),
+        ("test", "new items", "a", "auc"), ("test", "ranking/models", "a", "hr@1"),
     }  # fmt: skip
     assert found["test", "", "a", "auc"] == results.Row("long-20", 0, "test", "", "a", "auc", 0.9, 0.8, 1.0, 6)
     assert found["test", "all_rows", "crm", "auc"].n == 50
     assert found["test", "new items", "a", "auc"].n == 4
+    assert found["test", "ranking/models", "a", "hr@1"].n == 3, "lists, of which each user has one"
 
 
 def test_paces_are_samples_over_seconds_of_the_stage(tmp_path: Path) -> None:
-    (run,) = grid_of(tmp_path, "crm_train.epochs=3", seeds=(0,))
-    table = pa.table([pa.array([1, 2, 3, 4])], names=["sample_id"])
-    part = write_part(run.folder.child("shards"), "crm/split=train/", 0, table, 100)
-    commit(run.folder.child("shards"), Manifest("reclora.shards", 1, "sample", {}, (part,), {}))
+    (run,) = grid_of(tmp_path, "crm_train.batch_size=3", seeds=(0,))
+    run.folder.child("training").write("crm.json", json.dumps({"steps": 4.0, "stage_seconds": 2.0}).encode())
     timings = {"seconds": {"crm": 2.0, "events": 5.0}, "samples_per_s": {"lora": 7.5}}
     run.folder.write("timings.json", json.dumps(timings).encode())
     found = {(row.split, row.model, row.metric): row.value for row in results.rows_of(run)}
     assert found == {
         ("training", "crm", "seconds"): 2.0,
-        ("training", "crm", "samples_per_s"): 4 * 3 / 2.0,
+        ("training", "crm", "samples_per_s"): 4 * 3 / 2.0,  # of the process whose seconds they are
         ("training", "events", "seconds"): 5.0,
         ("scoring", "lora", "samples_per_s"): 7.5,
     }
@@ -271,6 +281,16 @@ def test_models_on_other_rows_are_compared_over_seeds_only(tmp_path: Path) -> No
     assert all(math.isnan(interval.low) for interval in found.seeds.values())
     spread = 12.7062 * (0.03 / 2**0.5) / 2**0.5
     assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx((-0.015 - spread, -0.015 + spread))
+
+
+def test_a_side_without_a_point_stands_for_every_point(tmp_path: Path) -> None:
+    config, runs = finished_runs(tmp_path, points=2)
+    config = dataclasses.replace(config, study=dataclasses.replace(config.study, compare=(("a@long-20", "b"),)))
+    found = results.compare(config, runs, [row for run in runs for row in results.rows_of(run)])
+    assert [(difference.name, difference.point) for difference in found] == [
+        ("a@long-20 − b", "long-20"), ("a@long-20 − b", "long-60"),
+    ]  # fmt: skip
+    assert all(list(difference.seeds) == [0, 1] for difference in found)
 
 
 def test_the_same_rows_with_other_labels_are_other_rows(tmp_path: Path) -> None:
@@ -349,6 +369,15 @@ def test_a_sibling_s_stages_are_linked_if_settings_and_parents_are_the_same(tmp_
     write_dataset(Folder(same.paths.run).child("events"), EVENTS, "another configuration", {}, b"events")
     assert reuse_stages(same, [one.paths.run]) == ["backbone"], "the same parent is there now, raw was there before"
     assert reuse_stages(other, [one.paths.run]) == []
+
+
+def test_what_the_run_measured_of_a_stage_before_it_was_linked_is_forgotten(tmp_path: Path) -> None:
+    one, two = (compose([f"paths.run={tmp_path / name}"]) for name in ("one", "two"))
+    write_dataset(Folder(one.paths.run).child("raw"), RAW, digest(one.synthesise), {}, b"raw")
+    home = Folder(two.paths.run)
+    home.write("timings.json", json.dumps({"seconds": {"synthesise": 9.0, "events": 5.0}}).encode())
+    assert reuse_stages(two, [one.paths.run]) == ["synthesise"]
+    assert json.loads(home.read("timings.json"))["seconds"] == {"events": 5.0}
 
 
 def test_a_crm_is_shared_by_runs_that_differ_in_their_text_samples(tmp_path: Path) -> None:
