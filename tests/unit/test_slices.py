@@ -139,5 +139,5 @@ def test_what_is_undefined_is_null_and_what_cannot_be_judged_names_model_and_spl
     found = evaluate._metrics(config, rows, {"lora": np.array([0.2, 0.7])}, "test", meters)
     assert found["lora"]["gauc"] is None, "no user has both labels"
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    with pytest.raises(ValueError, match="^lora on the test split: "):
+    with pytest.raises(ValueError, match=r"^lora on the test split: "):
         evaluate._metrics(config, rows, {"lora": np.array([0.2, np.nan])}, "test", meters)
