@@ -74,6 +74,18 @@ def test_kuberay_kinds(path):
         assert document["metadata"]["name"].startswith("reclora")
 
 
+def test_no_two_heads_share_a_kubernetes_service():
+    """KubeRay calls it <name>-head-svc, of a RayCluster and of a RayService alike."""
+    documents = [yaml.safe_load(path.read_text()) for path in KUBERAY if path.name.startswith("ray")]
+    names = [document["metadata"]["name"] for document in documents]
+    assert len(set(names)) == len(names), names
+    pages = [*CLUSTER.rglob("*.yaml"), *(ROOT / "docs").rglob("*.md")]
+    texts = " ".join(path.read_text() for path in pages)
+    of_kind = {document["kind"]: document["metadata"]["name"] for document in documents}
+    assert set(re.findall(r"([\w-]+)-serve-svc", texts)) == {of_kind["RayService"]}
+    assert set(re.findall(r"([\w-]+)-head-svc", texts)) == {of_kind["RayCluster"]}
+
+
 @pytest.mark.parametrize(("name", "cluster"), CLUSTERS, ids=[name for name, _ in CLUSTERS])
 def test_clusters_are_of_our_ray_version_and_ask_for_a_token(name, cluster):
     assert cluster["rayVersion"] == CONSTRAINTS["ray"]
