@@ -305,6 +305,14 @@ def test_the_head_writes_a_token_that_only_its_user_reads(tmp_path):
     assert len(Path(path).read_text()) == 64
 
 
+def test_what_nodes_write_to_a_shared_folder_is_as_open_as_their_user_wants_it(tmp_path):
+    source = f"umask 022; source {CLUSTER / 'ray' / 'environment.sh'} create; umask"
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-euc", source], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "0022"
+    assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
+
+
 @pytest.fixture
 def serve_config():
     service = yaml.safe_load((CLUSTER / "kuberay" / "rayservice.yaml").read_text())
