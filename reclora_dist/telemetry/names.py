@@ -87,7 +87,7 @@ EVALUATION_SAMPLES = Metric(
     "reclora_evaluation_samples", "counter", "samples scored in evaluations", ("model", "split")
 )
 
-SERVE_REQUESTS = Metric("reclora_serve_requests", "counter", "HTTP requests answered", ("endpoint", "status"))
+SERVE_REQUESTS = Metric("reclora_serve_requests", "counter", "HTTP requests that ended", ("endpoint", "status"))
 SERVE_LATENCY_SECONDS = Metric(
     "reclora_serve_latency_seconds", "histogram", "seconds from request to answer", ("endpoint",), _REQUEST_SECONDS
 )

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.request_ingress_metrics import RequestIngressMetrics
 from ray.serve.schema import ServeDeploySchema
 
 import reclora_dist
@@ -311,6 +313,18 @@ def test_what_nodes_write_to_a_shared_folder_is_as_open_as_their_user_wants_it(t
     done = subprocess.run(["bash", "-euc", source], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "0022"
     assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
+
+
+def test_alerts_ask_ray_serve_for_counters_and_tags_that_it_has():
+    text = (CLUSTER / "monitoring" / "prometheus" / "alerts.yaml").read_text()
+    own = RequestIngressMetrics(RequestProtocol.HTTP, source="proxy", node_id="", node_ip_address="")
+    counters = [own.request_counter.info, own.request_error_counter.info]
+    known = {f"ray_{counter['name']}_total": set(counter["tag_keys"]) for counter in counters}
+    asked = re.findall(r"(ray_serve_\w+)\{([^}]*)\}", text)
+    assert asked
+    for name, tags in asked:
+        assert set(re.findall(r"(\w+)=", tags)) <= known[name]
+        assert f'application="{APPLICATION}"' in tags
 
 
 @pytest.fixture
