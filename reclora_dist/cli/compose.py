@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from reclora_dist.config.load import build
+from reclora_dist.config.run import RunFailed
 from reclora_dist.config.schema import Config
 
 # What no file of configs/ sets is the dataclasses' default; the shipped files show only what they change.
@@ -26,8 +27,8 @@ def command(run: Callable[[Config], None]) -> Callable[[], None]:
     def entry(composed: DictConfig) -> None:
         try:
             run(to_config(composed))
-        except (ValueError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ValueError, FileNotFoundError, RunFailed) as error:
+            print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
             sys.exit(2)
 
     wrapped: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(entry)
@@ -54,6 +55,9 @@ def to_config(composed: DictConfig) -> Config:
         ConfigError: an unknown key or a value of the wrong type.
     """
     values: Any = OmegaConf.to_container(composed, resolve=True)
+    match values:
+        case {"spark": {"conf": dict(conf)}}:  # Spark's properties are texts; YAML reads true as no text
+            conf.update({key: str(value).lower() for key, value in conf.items() if isinstance(value, bool)})
     config = build(Config, values)
     source = dataclasses.replace(config.events.source, path=_absolute(config.events.source.path))
     return dataclasses.replace(

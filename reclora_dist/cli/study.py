@@ -50,7 +50,10 @@ def run(overrides: Sequence[str]) -> None:
     Raises:
         ValueError: no study is named, a setting is wrong (nothing was started then), or runs have failed.
     """
-    (name,) = [o.partition("=")[2] for o in overrides if o.startswith("study=")] or [""]
+    names = [o.partition("=")[2] for o in overrides if o.startswith("study=")]
+    if len(names) > 1:
+        raise ConfigError(f"study= is given {len(names)} times ({', '.join(names)}): name one study")
+    name = "".join(names)
     if not (CONFIGS / f"study/{name}.yaml").is_file():
         raise ConfigError(f"name a study, study=NAME (--help says more)\n{studies()}")
     config = compose(overrides)

@@ -1,8 +1,12 @@
-"""Where the datasets of a run lie."""
+"""Where the datasets of a run lie, and how a run fails."""
 
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.manifest import Format, Manifest, read_manifest
 from reclora_dist.contract.storage import Folder
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on, for a reason that lies outside its settings and data; the text names it."""
 
 
 def folder(config: Config, name: str) -> Folder:

@@ -29,6 +29,7 @@ _DESCRIPTION = (
 )
 _PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": Problem, "description": "the request cannot be answered"}}
 _SHOWN = 80
+_CANCELLED = "cancelled"
 
 log = logging.getLogger(__name__)
 
@@ -127,18 +128,24 @@ async def _malformed(request: Request, error: Exception) -> Response:
 
 
 def _measured(meters: Meters) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Middleware that counts and times requests, and answers 500 without details where an answer failed."""
+    """Middleware that counts and times requests, and answers 500 without details where an answer failed.
+
+    A request that Ray Serve gives up (no replica in time, or the client has gone) has status ``cancelled``.
+    """
 
     async def middleware(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        start = time.perf_counter()
+        start, status = time.perf_counter(), _CANCELLED
         try:
             response = await answer(request)
+            status = str(response.status_code)
         except Exception:  # the service's edge: the client gets 500, the log gets the traceback
             log.exception("request failed: %s %s", request.method, _endpoint(request))
             response = _refusal(500, "the service failed on this request; its log says why")
-        endpoint = _endpoint(request)
-        meters.add(names.SERVE_REQUESTS, endpoint=endpoint, status=str(response.status_code))
-        meters.observe(names.SERVE_LATENCY_SECONDS, time.perf_counter() - start, endpoint=endpoint)
+            status = "500"
+        finally:  # asyncio.CancelledError is no Exception: it goes on from here
+            endpoint = _endpoint(request)
+            meters.add(names.SERVE_REQUESTS, endpoint=endpoint, status=status)
+            meters.observe(names.SERVE_LATENCY_SECONDS, time.perf_counter() - start, endpoint=endpoint)
         return response
 
     return middleware

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from reclora_dist.config.redact import redacted
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.storage import Folder
 
@@ -18,7 +19,7 @@ NAME = "run.json"
 
 
 def write_record(config: Config, started: str) -> None:
-    """Write the resolved configuration, versions and commit; digests of inputs are in the manifests of the outputs.
+    """Write the resolved configuration without secrets, versions, commit; the outputs' manifests have inputs' digests.
 
     Args:
         started: time of the start, ISO 8601.
@@ -29,7 +30,7 @@ def write_record(config: Config, started: str) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "config": dataclasses.asdict(config),
+        "config": redacted(dataclasses.asdict(config)),
     }
     Folder(config.paths.run).write(NAME, json.dumps(record, indent=1).encode())
 

@@ -47,14 +47,14 @@ def connect(config: RayConfig) -> Iterator[Cluster]:
     the cluster inside the block.
 
     Raises:
-        ConnectionError: there is no cluster at the address.
-        ValueError: the workers ask for more GPUs than a fresh cluster has; it would wait for them forever.
+        ValueError: there is no cluster at the address; or the workers ask for more GPUs than a fresh cluster has, which
+            would wait for them forever.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if ray.is_initialized():
         yield _joined(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING))
     elif config.address or os.environ.get("RAY_ADDRESS"):
-        context = ray.init(address=config.address or None, logging_level=logging.WARNING)
+        context = _join(config.address)
         with _connected(context):
             yield _joined(context)
     else:
@@ -101,6 +101,17 @@ def reserved_device() -> str:
     Whether torch finds a GPU says nothing: Ray shows those of the node to processes that reserved none, too.
     """
     return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
+def _join(address: str) -> Any:
+    try:
+        return ray.init(address=address or None, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        place = address or os.environ["RAY_ADDRESS"]
+        raise ValueError(
+            f"no Ray cluster at {place!r}: start it (cluster/ray/head.sh), or correct ray.address or RAY_ADDRESS; "
+            "with both empty the command starts a cluster of its own"
+        ) from error
 
 
 def _start(config: RayConfig, folder: Path) -> Any:

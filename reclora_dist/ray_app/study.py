@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
+from reclora_dist.config.redact import redacted_text
 from reclora_dist.config.schema import Config
 from reclora_dist.ray_app.reuse import reuse_stages
 from reclora_dist.ray_app.session import Cluster, connect
@@ -122,7 +123,7 @@ def _run_point(run: Run, siblings: Sequence[str], cwd: str, environment: Mapping
     with log.open("w") as output:
         for name in run.config.study.commands:
             command = [sys.executable, "-u", "-m", f"reclora_dist.cli.{name}", *run.arguments]
-            print(shlex.join(command), file=output, flush=True)
+            print(shlex.join(map(redacted_text, command)), file=output, flush=True)
             code = _call(command, cwd, environment, output.fileno())
             if code:
                 return Outcome(time.monotonic() - began, reused, f"{_error_line(log)} (exit code {code}, see {log})")

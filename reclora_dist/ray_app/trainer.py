@@ -14,6 +14,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from reclora_dist.config.check import check_training
+from reclora_dist.config.run import RunFailed
 from reclora_dist.config.schema import Config
 from reclora_dist.ray_app.meters import RayMeters
 from reclora_dist.telemetry import names as metric_names
@@ -34,7 +35,7 @@ def train_all(config: Config, names: Sequence[str]) -> None:
 
     Raises:
         ValueError: the settings do not fit together and nothing was started; or trying again would not help.
-        RuntimeError: the workers failed ``ray.max_failures`` times in a row without a new checkpoint.
+        RunFailed: the workers failed ``ray.max_failures`` times in a row without a new checkpoint.
     """
     check_training(config)
     if config.ray.workers == 0:
@@ -55,7 +56,7 @@ def train_all(config: Config, names: Sequence[str]) -> None:
             name = names[min(finished, len(names) - 1)]
             failures, reached, lost[name] = 1 if now > reached else failures + 1, now, lost[name] + 1
             if failures > config.ray.max_failures:
-                raise RuntimeError(
+                raise RunFailed(
                     f"{name}: the workers failed {failures} times in a row without a new checkpoint. Lower "
                     f"checkpoint_every of its section, or look at the last failure: {_cause(error)}"
                 ) from error
@@ -67,7 +68,7 @@ def find_learning_rate(config: Config) -> None:
 
     Raises:
         ValueError: the settings do not fit together, or a worker says that they do not.
-        RuntimeError: the workers failed.
+        RunFailed: the workers failed.
     """
     name = config.finder.stage
     check_training(config)
@@ -79,7 +80,7 @@ def find_learning_rate(config: Config) -> None:
         _fit(config, {"finds": name})
     except TrainingFailedError as error:
         _raise_refusal(error)
-        raise RuntimeError(f"{name}: {_cause(error)}") from error
+        raise RunFailed(f"{name}: {_cause(error)}") from error
 
 
 def _reached(config: Config, names: Sequence[str]) -> tuple[int, int]:

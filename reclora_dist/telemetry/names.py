@@ -27,7 +27,7 @@ _BATCH_ROWS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 500
 
 TRAIN_STEPS = Metric("reclora_train_steps", "counter", "optimiser steps done", ("stage",))
 TRAIN_SAMPLES = Metric("reclora_train_samples", "counter", "samples trained on, over all workers", ("stage",))
-TRAIN_LOSS = Metric("reclora_train_loss", "gauge", "mean training loss since the last log line", ("stage",))
+TRAIN_LOSS = Metric("reclora_train_loss", "gauge", "mean loss of rank 0's samples in the last step", ("stage",))
 TRAIN_SAMPLES_PER_SECOND = Metric(
     "reclora_train_samples_per_second", "gauge", "training samples per second, over all workers", ("stage",)
 )
@@ -87,7 +87,7 @@ EVALUATION_SAMPLES = Metric(
     "reclora_evaluation_samples", "counter", "samples scored in evaluations", ("model", "split")
 )
 
-SERVE_REQUESTS = Metric("reclora_serve_requests", "counter", "HTTP requests answered", ("endpoint", "status"))
+SERVE_REQUESTS = Metric("reclora_serve_requests", "counter", "HTTP requests that ended", ("endpoint", "status"))
 SERVE_LATENCY_SECONDS = Metric(
     "reclora_serve_latency_seconds", "histogram", "seconds from request to answer", ("endpoint",), _REQUEST_SECONDS
 )

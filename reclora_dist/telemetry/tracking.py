@@ -6,6 +6,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from reclora_dist.config.redact import redacted
 from reclora_dist.config.schema import Config
 from reclora_dist.contract.storage import Folder
 
@@ -22,7 +23,7 @@ def recording(config: Config, stage: str, resolved: Mapping[str, Any]) -> Iterat
 
     Args:
         stage: ``crm`` or the name of an adapter.
-        resolved: the resolved configuration, MLflow's parameters.
+        resolved: the resolved configuration; without secrets, MLflow's parameters.
 
     Raises:
         ValueError: MLflow is asked for and not installed.
@@ -69,7 +70,7 @@ def _mlflow(config: Config, stage: str, resolved: Mapping[str, Any]) -> Iterator
     found = client.get_experiment_by_name("reclora")
     experiment = found.experiment_id if found else client.create_experiment("reclora")
     run = client.create_run(experiment, run_name=name).info.run_id
-    for key, value in _flat(resolved).items():
+    for key, value in _flat(redacted(resolved)).items():
         client.log_param(run, key, str(value)[:250])
 
     def record(step: int, values: Mapping[str, float]) -> None:

@@ -1,5 +1,6 @@
 """What a step costs and where its time goes: log lines, metrics, and the figures of the whole run."""
 
+import math
 import resource
 import socket
 import statistics
@@ -158,9 +159,10 @@ class Pace:
         meters, stage = self.context.meters, self.stage
         meters.observe(names.TRAIN_STEP_SECONDS, seconds, stage=stage)
         course = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": scale * self.config.lr}
-        for key, value in {**course, **costs}.items():
+        figures = {key: value for key, value in {**course, **costs}.items() if math.isfinite(value)}  # a skipped step's
+        for key, value in figures.items():
             meters.set(names.TRAINING[key], value, stage=stage)
-        self.context.record(done, {**course, **costs})
+        self.context.record(done, figures)
         left = seconds * (self.total - done)
         tokens = f", {costs['tokens_per_second']:,.0f} tokens/s" if costs["tokens_per_second"] else ""
         self.context.say(

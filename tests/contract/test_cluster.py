@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.request_ingress_metrics import RequestIngressMetrics
 from ray.serve.schema import ServeDeploySchema
 
 import reclora_dist
@@ -72,6 +74,18 @@ def test_kuberay_kinds(path):
         if document["kind"].startswith("Ray"):
             assert document["apiVersion"] == "ray.io/v1"
         assert document["metadata"]["name"].startswith("reclora")
+
+
+def test_no_two_heads_share_a_kubernetes_service():
+    """KubeRay calls it <name>-head-svc, of a RayCluster and of a RayService alike."""
+    documents = [yaml.safe_load(path.read_text()) for path in KUBERAY if path.name.startswith("ray")]
+    names = [document["metadata"]["name"] for document in documents]
+    assert len(set(names)) == len(names), names
+    pages = [*CLUSTER.rglob("*.yaml"), *(ROOT / "docs").rglob("*.md")]
+    texts = " ".join(path.read_text() for path in pages)
+    of_kind = {document["kind"]: document["metadata"]["name"] for document in documents}
+    assert set(re.findall(r"([\w-]+)-serve-svc", texts)) == {of_kind["RayService"]}
+    assert set(re.findall(r"([\w-]+)-head-svc", texts)) == {of_kind["RayCluster"]}
 
 
 @pytest.mark.parametrize(("name", "cluster"), CLUSTERS, ids=[name for name, _ in CLUSTERS])
@@ -291,6 +305,26 @@ def test_the_head_writes_a_token_that_only_its_user_reads(tmp_path):
     assert mode == "token"
     assert Path(path).stat().st_mode & 0o777 == 0o600
     assert len(Path(path).read_text()) == 64
+
+
+def test_what_nodes_write_to_a_shared_folder_is_as_open_as_their_user_wants_it(tmp_path):
+    source = f"umask 022; source {CLUSTER / 'ray' / 'environment.sh'} create; umask"
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-euc", source], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "0022"
+    assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
+
+
+def test_alerts_ask_ray_serve_for_counters_and_tags_that_it_has():
+    text = (CLUSTER / "monitoring" / "prometheus" / "alerts.yaml").read_text()
+    own = RequestIngressMetrics(RequestProtocol.HTTP, source="proxy", node_id="", node_ip_address="")
+    counters = [own.request_counter.info, own.request_error_counter.info]
+    known = {f"ray_{counter['name']}_total": set(counter["tag_keys"]) for counter in counters}
+    asked = re.findall(r"(ray_serve_\w+)\{([^}]*)\}", text)
+    assert asked
+    for name, tags in asked:
+        assert set(re.findall(r"(\w+)=", tags)) <= known[name]
+        assert f'application="{APPLICATION}"' in tags
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """The HTTP face alone: no Ray, no model."""
 
+import asyncio
 from collections import Counter
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -21,13 +23,19 @@ from reclora_dist.telemetry.names import Metric
 
 
 class Backend:
-    """Scores every item with the length of its id; refuses user `bad`, fails on user `broken`."""
+    """Scores every item with the length of its id; refuses user `bad`, fails on user `broken`, never answers `late`."""
+
+    def __init__(self) -> None:
+        self.waits = asyncio.Event()
 
     async def score(self, request: ScoreRequest) -> ScoreResponse | Rejected:
         if request.user == "bad":
             return Rejected("user 'bad' is not in the log: send the user's history instead")
         if request.user == "broken":
             raise RuntimeError("secret detail")
+        if request.user == "late":
+            self.waits.set()
+            await asyncio.sleep(3600)
         scores = [ItemScore(item=item, title="", score=1 / len(item)) for item in request.candidates]
         return ScoreResponse(model="m", time=request.time or 0, scores=scores)
 
@@ -46,10 +54,15 @@ class Backend:
 class CountingMeters(NullMeters):
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str]] = Counter()
+        self.timed: Counter[str] = Counter()
 
     def add(self, metric: Metric, value: float = 1.0, /, **labels: str) -> None:
         super().add(metric, value, **labels)
         self.requests[labels["endpoint"], labels["status"]] += int(value)
+
+    def observe(self, metric: Metric, value: float, /, **labels: str) -> None:
+        super().observe(metric, value, **labels)
+        self.timed[labels["endpoint"]] += 1
 
 
 @pytest.fixture
@@ -131,6 +144,24 @@ def test_evaluations_are_accepted_found_and_limited(client: TestClient) -> None:
     assert client.post("/v1/evaluations", json={"split": "test", "limit": 1}).status_code == 429
     wrong = client.post("/v1/evaluations", json={"split": "train"})
     assert wrong.json()["detail"].startswith("body.split: Input should be 'validation' or 'test', found 'train'")
+
+
+def test_a_request_that_ray_serve_gives_up_is_counted_and_timed(meters: CountingMeters) -> None:
+    backend = Backend()
+    transport = httpx.ASGITransport(build_api(backend, backend, ServeConfig(), meters))
+
+    async def give_up() -> None:
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            body = {"user": "late", "candidates": ["a"]}
+            asked = asyncio.create_task(client.post("/v1/score", json=body))
+            await backend.waits.wait()
+            asked.cancel()
+            await asked
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(give_up())
+    assert meters.requests == {("/v1/score", "cancelled"): 1}
+    assert meters.timed == {"/v1/score": 1}
 
 
 def test_requests_are_counted_by_route_and_status(client: TestClient, meters: CountingMeters) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from reclora_dist.cli import train
-from reclora_dist.cli.compose import CONFIGS, lenient, load
+from reclora_dist.cli.compose import CONFIGS, command, lenient, load
 from reclora_dist.config.check import check_config, shuffled_names
 from reclora_dist.config.load import ConfigError
+from reclora_dist.config.run import RunFailed
 from reclora_dist.config.schema import Config, EngineConfig, LoraConfig, TinyConfig
 from reclora_dist.contract.manifest import ContractError
 from reclora_dist.ray_app.pipeline import plan, run_stages
@@ -83,6 +84,15 @@ def test_settings_and_groups_together() -> None:
     assert config.adapters["more"] == LoraConfig(experts=2)
     assert config.crm.dnn == (64, 64)
     assert config.spark.conf == {"spark.executor.cores": "2"}
+
+
+def test_a_spark_property_may_be_a_boolean_or_a_number() -> None:
+    config = load(["spark.conf={spark.authenticate: true, spark.speculation: False, spark.task.cpus: 2, spark.a: yes}"])
+    assert config.spark.conf == {
+        "spark.authenticate": "true", "spark.speculation": "false", "spark.task.cpus": "2", "spark.a": "yes",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"config spark\.conf = 'fast'"):
+        load(["spark.conf=fast"])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +286,22 @@ def test_a_stage_without_its_input_says_which_stage_to_run(
     said = fails(monkeypatch, capsys, f"paths.run={tmp_path}")
     assert said.startswith(f"error: '{tmp_path}/shards' has no manifest.json: the stage that writes 'reclora.shards'")
     assert len(said.splitlines()) == 1
+
+
+def test_a_run_that_fails_says_so_in_one_line_and_where_ray_has_logs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(config: Config) -> None:
+        error = RunFailed("crm: the workers failed 2 times in a row")
+        error.add_note("Ray's logs of this run are in /tmp/x")
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["lost"])
+    with pytest.raises(SystemExit) as end:
+        command(lost)()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told == "error: crm: the workers failed 2 times in a row\nRay's logs of this run are in /tmp/x\n"
 
 
 def test_where_the_shards_are_given_no_stage_makes_any() -> None:

@@ -263,6 +263,19 @@ def test_a_step_that_lowers_the_scale_of_the_loss_is_no_divergence(tmp_path: Pat
     assert result.steps == 5
 
 
+def test_a_skipped_step_leaves_the_last_loss_and_gradient_norm(tmp_path: Path) -> None:
+    meters, records = Heard(), list[Mapping[str, float]]()
+    results = {4: StepResult(math.nan, math.inf, skipped=True)}
+    context = Context(meters=meters, record=lambda _, values: records.append(values))
+    counted(tmp_path, [0.5], TrainConfig(log_every=2), context, results=results)
+    for name in ("loss", "gradient_norm"):
+        assert len(meters.heard[names.TRAINING[name].name]) == 2, "steps 2 and 5"
+        assert sum(name in values for values in records) == 2
+    shown = [*meters.heard.values(), *(values.values() for values in records)]
+    assert all(math.isfinite(value) for values in shown for value in values)
+    assert len(meters.heard[names.TRAIN_LEARNING_RATE.name]) == 3
+
+
 def test_out_of_memory_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(engine: Counted, micro_batches: Any, scale: float) -> StepResult:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

@@ -43,6 +43,20 @@ def test_token_mode_without_a_token_gets_one(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["RAY_AUTH_TOKEN"]
 
 
+def test_an_address_without_a_cluster_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(session.ray, "init", nobody)
+    for address, variable in (("auto", ""), ("", "head:6379")):
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+        with (
+            pytest.raises(ValueError, match=f"no Ray cluster at '{address or variable}': .*ray.address"),
+            session.connect(RayConfig(address=address)),
+        ):
+            pass
+
+
 def test_the_temp_folder_goes_unless_the_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_LONGEST_ROOT", 1000)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))

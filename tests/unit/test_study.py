@@ -454,6 +454,7 @@ def test_without_a_study_all_are_listed(
             ["study=few_shot", "study.axes={crm.typo: [1]}"],
             "error: point 'text_train-0.01_typo-1': config crm.typo = 1",
         ),
+        (["study=few_shot", "study=scaling"], "error: study= is given 2 times (few_shot, scaling): name one study"),
         (["study=few_shot", "data=nothing"], "error: In 'config': Could not find 'data/nothing'"),
         (["study=identity", "study.points={a: ['crm_train.lr=[1']}"], "error: point 'a': no viable alternative"),
     ],
