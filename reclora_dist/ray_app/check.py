@@ -46,12 +46,12 @@ def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
 
     Raises:
         RuntimeError: an answer differs from the evaluation's score, or a metric is missing.
+        ValueError: the cluster has such a service already.
     """
-    url = service.run(adapter_to_serve(config), config.serve, config.evaluate)
-    print(f"service: {url} (API: {url}/docs)", flush=True)
-    answers = {"healthz": _call(f"{url}/healthz"), "score": _score(config, url), "evaluation": _evaluate(url)}
-    missing = scraper.missing(expected, EXPORT_PATIENCE_S)
-    service.shutdown()
+    with service.running(adapter_to_serve(config), config.serve, config.evaluate) as url:
+        print(f"service: {url} (API: {url}/docs)", flush=True)
+        answers = {"healthz": _call(f"{url}/healthz"), "score": _score(config, url), "evaluation": _evaluate(url)}
+        missing = scraper.missing(expected, EXPORT_PATIENCE_S)
     print(f"metrics: {len(expected) - len(missing)} of {len(expected)} series found by a scrape", flush=True)
     if missing:
         raise RuntimeError(f"no scrape of the cluster found {', '.join(missing)}")

@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -281,19 +282,23 @@ def _deployment(kind: type, **options: Any) -> serve.Deployment:
     return serve.deployment(name=name, logging_config=_QUIET, graceful_shutdown_wait_loop_s=0.5, **options)(kind)
 
 
-def run(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> str:
-    """Serve an adapter on the connected cluster; return when it is ready to score.
+@contextmanager
+def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> Iterator[str]:
+    """Serve an adapter on the connected cluster while the block runs; enter it when the service is ready to score.
+
+    A block that fails, and a start that fails or is interrupted, leave no application behind. Ray Serve itself stays
+    for other applications and ends with the cluster.
 
     Args:
         adapter: path or URI of the adapter folder.
         config: with port 0 a free port is taken. Where Ray Serve runs already, its host and port stay.
 
-    Returns:
-        The service's base URL. It serves until ``shutdown`` or the end of the cluster.
+    Yields:
+        The service's base URL.
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use.
+        ValueError: the port is in use, or the cluster has such a service already.
     """
     folder = Folder(adapter).absolute()
     read_manifest(folder, ADAPTER)
@@ -301,8 +306,12 @@ def run(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> str:
     _disconnect()  # Ray Serve remembers a controller by job id, which is the same in every cluster's first driver
     if _client() is None:
         _start_serve(config.host, config.port or _free_port(config.host))
-    serve.run(application(folder.uri, config, evaluate), name=APPLICATION, route_prefix="/")
-    return _address()
+    _require_absent()
+    try:
+        serve.run(application(folder.uri, config, evaluate), name=APPLICATION, route_prefix="/")
+        yield _address()
+    finally:
+        serve.delete(APPLICATION)
 
 
 def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> None:
@@ -310,24 +319,44 @@ def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateCon
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use.
+        ValueError: the port is in use, or the cluster has such a service already.
     """
-    stop = threading.Event()
-    url = run(adapter, config, evaluate)
-    earlier = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _signals_interrupt(), suppress(KeyboardInterrupt), running(adapter, config, evaluate) as url:
         print(f"serving {adapter} at {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
-        stop.wait()
-        print("stopping", flush=True)
-        shutdown()
+        try:
+            threading.Event().wait()
+        finally:
+            print("stopping", flush=True)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """In the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt; later ones must not disturb the end."""
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
-def shutdown() -> None:
-    """End the service. Ray Serve itself stays for other applications and ends with the cluster."""
-    serve.delete(APPLICATION)
+def _require_absent() -> None:
+    """Refuse to replace a service of another process, which would then end with this one."""
+    found = serve.status().applications.get(APPLICATION)
+    if found is not None:
+        raise ValueError(
+            f"application {APPLICATION!r} is on this cluster already ({found.status.value}): stop that service, take "
+            "another cluster, or let the pipeline check none (serve.check=false); if its process is gone, "
+            f"serve.delete({APPLICATION!r}) of Ray Serve ends it"
+        )
 
 
 def _start_serve(host: str, port: int) -> None:

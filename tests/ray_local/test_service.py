@@ -56,8 +56,9 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def url(adapter: Folder, cluster: None) -> Iterator[str]:
-    yield service.run(adapter.uri, ServeConfig(port=0, max_batch=8, batch_wait_ms=20, max_candidates=50), EVALUATE)
-    service.shutdown()
+    config = ServeConfig(port=0, max_batch=8, batch_wait_ms=20, max_candidates=50)
+    with service.running(adapter.uri, config, EVALUATE) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +83,23 @@ def found(response: requests.Response) -> list[float]:
 def test_a_taken_port_and_a_path_without_adapter_are_refused(cluster: None, adapter: Folder, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 cannot be taken .*: set serve.port to another"):
-            service.run(adapter.uri, ServeConfig(port=port), EVALUATE)
-    with pytest.raises(ContractError, match=r"has no manifest\.json"):
-        service.run(str(tmp_path), ServeConfig(port=0), EVALUATE)
+        start(
+            adapter.uri,
+            ServeConfig(port=port),
+            f"port {port} of 127.0.0.1 cannot be taken .*: set serve.port to another",
+        )
+    start(str(tmp_path), ServeConfig(port=0), r"has no manifest\.json", ContractError)
+
+
+def start(adapter: str, config: ServeConfig, words: str, kind: type[Exception] = ValueError) -> None:
+    """Start a service that is refused with ``words``."""
+    with pytest.raises(kind, match=words), service.running(adapter, config, EVALUATE):
+        pass
+
+
+def test_a_second_service_is_refused_and_the_first_goes_on(url: str, adapter: Folder) -> None:
+    start(adapter.uri, ServeConfig(port=0), r"application 'reclora' is on this cluster already \(RUNNING\)")
+    assert requests.get(f"{url}/healthz", timeout=60).status_code == 200
 
 
 def test_scores_are_the_librarys_in_the_order_asked(url: str, store: FeatureStore, scorer: Scorer) -> None:

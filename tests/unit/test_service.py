@@ -1,0 +1,97 @@
+"""Start and end of the service, and its evaluations, with stand-ins for Ray; tests/ray_local has the real ones."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve.schema import ApplicationStatus
+
+from reclora_dist.config.schema import Config, EvaluateConfig, ServeConfig
+from reclora_dist.ray_app import check, service
+
+EVALUATE = EvaluateConfig()
+
+
+class FakeServe:
+    """Ray Serve that listens already: remembers its applications and what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.applications: dict[str, Any] = {}
+        self.deleted: list[str] = []
+        self.on_run: Callable[[], None] = lambda: None
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications=self.applications)
+
+    def run(self, _: Any, name: str, **__: Any) -> None:
+        self.applications[name] = SimpleNamespace(status=ApplicationStatus.DEPLOYING)
+        self.on_run()
+
+    def delete(self, name: str) -> None:
+        self.deleted.append(name)
+        del self.applications[name]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
+    fake = FakeServe()
+    client = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=8000))
+    monkeypatch.setattr(service, "serve", fake)
+    monkeypatch.setattr(service, "_client", lambda: client)
+    monkeypatch.setattr(service, "_disconnect", lambda: None)
+    monkeypatch.setattr(service, "read_manifest", lambda *_: None)
+    monkeypatch.setattr(service, "application", lambda *_: None)
+    monkeypatch.setattr(service.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    return fake
+
+
+def serve(config: ServeConfig) -> str:
+    with service.running("/adapter", config, EVALUATE) as url:
+        return url
+
+
+def test_a_service_of_another_process_is_refused_and_stays(fake: FakeServe) -> None:
+    other = fake.applications["reclora"] = SimpleNamespace(status=ApplicationStatus.RUNNING)
+    with pytest.raises(ValueError, match=r"'reclora' is on this cluster already \(RUNNING\).*serve\.check=false"):
+        serve(ServeConfig())
+    assert fake.applications == {"reclora": other}
+
+
+def test_a_start_that_is_interrupted_leaves_no_application(fake: FakeServe) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    fake.on_run = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        serve(ServeConfig())
+    assert fake.deleted == ["reclora"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_ends_the_service(fake: FakeServe, number: int) -> None:
+    def killed() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+        raise AssertionError("the start went on")
+
+    fake.on_run = killed
+    before = signal.getsignal(number)
+    service.serve_until_stopped("/adapter", ServeConfig(), EVALUATE)
+    assert fake.deleted == ["reclora"]
+    assert signal.getsignal(number) == before
+
+
+def test_a_check_that_fails_leaves_no_application(fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("HTTP 500")
+
+    monkeypatch.setattr(check, "_call", refuse)
+    scraper: Any = SimpleNamespace()
+    config = Config(serve=ServeConfig(adapter="/adapter"))
+    with pytest.raises(RuntimeError, match="HTTP 500"):
+        check.check_service(config, scraper, set())
+    assert fake.deleted == ["reclora"]
