@@ -291,14 +291,14 @@ def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> Iter
 
     Args:
         adapter: path or URI of the adapter folder.
-        config: with port 0 a free port is taken. Where Ray Serve runs already, its host and port stay.
+        config: with port 0 a free port is taken, or the one that Ray Serve has, where it runs already.
 
     Yields:
         The service's base URL.
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use, or the cluster has such a service already.
+        ValueError: the port is in use, Ray Serve listens elsewhere already, or the cluster has such a service already.
     """
     folder = Folder(adapter).absolute()
     read_manifest(folder, ADAPTER)
@@ -306,6 +306,7 @@ def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> Iter
     _disconnect()  # Ray Serve remembers a controller by job id, which is the same in every cluster's first driver
     if _client() is None:
         _start_serve(config.host, config.port or _free_port(config.host))
+    _require_address(config)
     _require_absent()
     try:
         serve.run(application(folder.uri, config, evaluate), name=APPLICATION, route_prefix="/")
@@ -319,7 +320,7 @@ def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateCon
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use, or the cluster has such a service already.
+        ValueError: the port is in use, Ray Serve listens elsewhere already, or the cluster has such a service already.
     """
     with _signals_interrupt(), suppress(KeyboardInterrupt), running(adapter, config, evaluate) as url:
         print(f"serving {adapter} at {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
@@ -346,6 +347,17 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _require_address(config: ServeConfig) -> None:
+    """Refuse another address than the one that Ray Serve listens on: it can have been started with another one only."""
+    options = _client().http_config
+    if options.host != config.host or config.port not in (0, options.port):
+        raise ValueError(
+            f"Ray Serve listens on {options.host}:{options.port} already, serve.host and serve.port ask for "
+            f"{config.host}:{config.port}: set them to that address (port 0 takes any), take another cluster, or end "
+            "Ray Serve there (serve shutdown)"
+        )
 
 
 def _require_absent() -> None:

@@ -98,6 +98,7 @@ def start(adapter: str, config: ServeConfig, words: str, kind: type[Exception] =
 
 
 def test_a_second_service_is_refused_and_the_first_goes_on(url: str, adapter: Folder) -> None:
+    start(adapter.uri, ServeConfig(host="0.0.0.0", port=0), r"Ray Serve listens on 127\.0\.0\.1:\d+ already")
     start(adapter.uri, ServeConfig(port=0), r"application 'reclora' is on this cluster already \(RUNNING\)")
     assert requests.get(f"{url}/healthz", timeout=60).status_code == 200
 

@@ -95,3 +95,11 @@ def test_a_check_that_fails_leaves_no_application(fake: FakeServe, monkeypatch: 
     with pytest.raises(RuntimeError, match="HTTP 500"):
         check.check_service(config, scraper, set())
     assert fake.deleted == ["reclora"]
+
+
+def test_another_address_than_the_one_that_ray_serve_has_is_refused(fake: FakeServe) -> None:
+    assert serve(ServeConfig(port=0)) == serve(ServeConfig(port=8000)) == "http://127.0.0.1:8000"
+    for asked in (ServeConfig(port=8001), ServeConfig(host="10.0.0.1")):
+        words = rf"listens on 127\.0\.0\.1:8000 already, serve\.host and serve\.port ask for {asked.host}:{asked.port}:"
+        with pytest.raises(ValueError, match=words):
+            serve(asked)
