@@ -11,8 +11,8 @@ def main(config: Config) -> None:
     from reclora_dist.ray_app.service import serve_until_stopped
     from reclora_dist.ray_app.session import connect
 
-    with connect(config.ray):
-        serve_until_stopped(adapter_to_serve(config), config.serve, config.evaluate)
+    with connect(config.ray) as cluster:
+        serve_until_stopped(adapter_to_serve(config), config.serve, config.evaluate, cluster)
 
 
 if __name__ == "__main__":

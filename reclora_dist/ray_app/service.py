@@ -47,7 +47,7 @@ from reclora_dist.ray_app.messages import (
     ScoreResponse,
 )
 from reclora_dist.ray_app.meters import RayMeters
-from reclora_dist.ray_app.session import reserved_device
+from reclora_dist.ray_app.session import Cluster, reserved_device
 from reclora_dist.telemetry import names
 
 APPLICATION = "reclora"
@@ -283,7 +283,7 @@ def _deployment(kind: type, **options: Any) -> serve.Deployment:
 
 
 @contextmanager
-def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> Iterator[str]:
+def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig, cluster: Cluster) -> Iterator[str]:
     """Serve an adapter on the connected cluster while the block runs; enter it when the service is ready to score.
 
     A block that fails, and a start that fails or is interrupted, leave no application behind. Ray Serve itself stays
@@ -292,16 +292,20 @@ def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> Iter
     Args:
         adapter: path or URI of the adapter folder.
         config: with port 0 a free port is taken, or the one that Ray Serve has, where it runs already.
+        cluster: the connected one. If it was started here, it has to have room for the replicas and an evaluation.
 
     Yields:
         The service's base URL.
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use, Ray Serve listens elsewhere already, or the cluster has such a service already.
+        ValueError: the port is in use, Ray Serve listens elsewhere already, the cluster has such a service already, or
+            it is too small.
     """
     folder = Folder(adapter).absolute()
     read_manifest(folder, ADAPTER)
+    if cluster.started:  # a joined one may grow
+        check_room(config, ray.cluster_resources())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _disconnect()  # Ray Serve remembers a controller by job id, which is the same in every cluster's first driver
     if _client() is None:
@@ -315,14 +319,15 @@ def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> Iter
         serve.delete(APPLICATION)
 
 
-def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> None:
+def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateConfig, cluster: Cluster) -> None:
     """Serve an adapter on the connected cluster until Ctrl-C or SIGTERM; call it from the main thread.
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use, Ray Serve listens elsewhere already, or the cluster has such a service already.
+        ValueError: the port is in use, Ray Serve listens elsewhere already, the cluster has such a service already, or
+            it is too small.
     """
-    with _signals_interrupt(), suppress(KeyboardInterrupt), running(adapter, config, evaluate) as url:
+    with _signals_interrupt(), suppress(KeyboardInterrupt), running(adapter, config, evaluate, cluster) as url:
         print(f"serving {adapter} at {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
         try:
             threading.Event().wait()
@@ -347,6 +352,26 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def check_room(config: ServeConfig, found: Mapping[str, float]) -> None:
+    """Refuse a service that would wait forever for CPUs or GPUs: its replicas hold some, an evaluation needs more.
+
+    Args:
+        found: the cluster's resources by Ray's names.
+
+    Raises:
+        ValueError: names the settings and the remedy.
+    """
+    needs = (("CPU", "threads", config.threads, 1.0), ("GPU", "gpus", config.gpus, config.gpus))
+    for kind, name, each, evaluation in needs:
+        wanted, there = config.replicas * each + evaluation, found.get(kind, 0)
+        if wanted > there:
+            raise ValueError(
+                f"serve.replicas {config.replicas} x serve.{name} {each:g} and {evaluation:g} for an evaluation ask "
+                f"for {wanted:g} {kind}s, and Ray finds {there:g} on this machine: lower one of them, or name a "
+                "cluster in ray.address"
+            )
 
 
 def _require_address(config: ServeConfig) -> None:

@@ -12,7 +12,10 @@ from ray.serve.schema import ApplicationStatus
 
 from reclora_dist.config.schema import Config, EvaluateConfig, ServeConfig
 from reclora_dist.ray_app import check, service
+from reclora_dist.ray_app.session import Cluster
 
+OURS = Cluster("127.0.0.1:1", "", (), started=True)
+JOINED = Cluster("127.0.0.1:1", "", (), started=False)
 EVALUATE = EvaluateConfig()
 
 
@@ -49,8 +52,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     return fake
 
 
-def serve(config: ServeConfig) -> str:
-    with service.running("/adapter", config, EVALUATE) as url:
+def serve(config: ServeConfig, cluster: Cluster = OURS) -> str:
+    with service.running("/adapter", config, EVALUATE, cluster) as url:
         return url
 
 
@@ -80,7 +83,7 @@ def test_a_signal_during_the_start_ends_the_service(fake: FakeServe, number: int
 
     fake.on_run = killed
     before = signal.getsignal(number)
-    service.serve_until_stopped("/adapter", ServeConfig(), EVALUATE)
+    service.serve_until_stopped("/adapter", ServeConfig(), EVALUATE, OURS)
     assert fake.deleted == ["reclora"]
     assert signal.getsignal(number) == before
 
@@ -90,7 +93,7 @@ def test_a_check_that_fails_leaves_no_application(fake: FakeServe, monkeypatch: 
         raise RuntimeError("HTTP 500")
 
     monkeypatch.setattr(check, "_call", refuse)
-    scraper: Any = SimpleNamespace()
+    scraper: Any = SimpleNamespace(cluster=OURS)
     config = Config(serve=ServeConfig(adapter="/adapter"))
     with pytest.raises(RuntimeError, match="HTTP 500"):
         check.check_service(config, scraper, set())
@@ -103,3 +106,19 @@ def test_another_address_than_the_one_that_ray_serve_has_is_refused(fake: FakeSe
         words = rf"listens on 127\.0\.0\.1:8000 already, serve\.host and serve\.port ask for {asked.host}:{asked.port}:"
         with pytest.raises(ValueError, match=words):
             serve(asked)
+
+
+def test_replicas_that_would_wait_forever_are_refused(fake: FakeServe) -> None:
+    serve(ServeConfig(replicas=1, threads=1))
+    with pytest.raises(ValueError, match=r"serve\.replicas 2 x serve\.threads 1 and 1 .* ask for 3 CPUs, .* finds 2"):
+        serve(ServeConfig(replicas=2))
+    with pytest.raises(ValueError, match=r"serve\.replicas 1 x serve\.gpus 1 and 1 .* ask for 2 GPUs, .* finds 0"):
+        serve(ServeConfig(gpus=1))
+    serve(ServeConfig(replicas=2, gpus=1), JOINED)  # its autoscaler may bring them
+
+
+def test_a_check_does_not_wait_forever_for_a_free_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_call", lambda *_: {"id": "e1", "status": "pending"})
+    monkeypatch.setattr(check, "START_PATIENCE_S", 0.0)
+    with pytest.raises(RuntimeError, match=r"evaluation has waited 0 s for a free CPU .*serve\.gpus.*"):
+        check._evaluate("http://service")
