@@ -59,6 +59,10 @@ MAX_KEPT = 1000
 
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _REQUEST_TIMEOUT_S = 120.0
+_FAILED = "the evaluation failed: the service's log says why"
+_LOST = "the evaluation's process was lost: the service's log says why"
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -131,8 +135,8 @@ class _EvaluationRun:
     def ready(self) -> None:
         """Return as soon as the process runs."""
 
-    def evaluate(self, adapter: str, request: EvaluationRequest, config: EvaluateConfig) -> "_Result":
-        """Score the samples of a split."""
+    def evaluate(self, adapter: str, request: EvaluationRequest, config: EvaluateConfig) -> "_Result | Rejected":
+        """Score the samples of a split; refused where their metrics are undefined."""
         from reclora_dist.evaluate.metrics import binary_metrics
         from reclora_dist.evaluate.scorer import Scorer, check_reference, referenced
 
@@ -142,7 +146,11 @@ class _EvaluationRun:
         manifest = read_manifest(shards, SHARDS)
         check_reference(scorer.config, "shards", manifest)
         rows = read_parts(shards, manifest.select(f"text/split={request.split}/")).slice(0, request.limit)
-        metrics = binary_metrics(rows["label"].to_numpy(), scorer.score(rows), rows["user"].to_numpy(), config)
+        labels, users, scores = rows["label"].to_numpy(), rows["user"].to_numpy(), scorer.score(rows)
+        try:
+            metrics = binary_metrics(labels, scores, users, config)
+        except ValueError as error:  # it speaks of labels and scores, and of no path
+            return Rejected(str(error))
         return _Result(scorer.name, rows.num_rows, {name: _finite(interval) for name, interval in metrics.items()})
 
 
@@ -195,16 +203,19 @@ class Evaluator:
         try:
             await run.ready.remote()
             self._update(identifier, status="running")
-            result: _Result = await run.evaluate.remote(self.adapter, request, self.config)
-        except RayTaskError as error:
-            self._update(identifier, status="failed", error=str(error.cause))
-        except RayError as error:
-            self._update(identifier, status="failed", error=f"the evaluation's process was lost: {error}")
-        else:
-            seconds = round(time.perf_counter() - start, 3)
-            done = {"samples": result.samples, "seconds": seconds, "metrics": dict(result.metrics)}
-            self._update(identifier, status="done", **done)
-            self._publish(request.split, result)
+            result: _Result | Rejected = await run.evaluate.remote(self.adapter, request, self.config)
+        except RayError as error:  # its text has paths, addresses and ids: it is for the log, not for a client
+            log.exception("evaluation %s failed", identifier)
+            failure = _FAILED if isinstance(error, RayTaskError) else _LOST
+            self._update(identifier, status="failed", error=failure)
+            return
+        if isinstance(result, Rejected):
+            self._update(identifier, status="failed", error=result.detail)
+            return
+        seconds = round(time.perf_counter() - start, 3)
+        done = {"samples": result.samples, "seconds": seconds, "metrics": dict(result.metrics)}
+        self._update(identifier, status="done", **done)
+        self._publish(request.split, result)
 
     def _update(self, identifier: str, **changes: Any) -> None:
         self.found[identifier] = self.found[identifier].model_copy(update=changes)

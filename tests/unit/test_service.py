@@ -1,5 +1,7 @@
 """Start and end of the service, and its evaluations, with stand-ins for Ray; tests/ray_local has the real ones."""
 
+import asyncio
+import logging
 import os
 import signal
 import time
@@ -8,11 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
 from reclora_dist.config.schema import Config, EvaluateConfig, ServeConfig
+from reclora_dist.contract.manifest import ContractError
 from reclora_dist.ray_app import check, service
+from reclora_dist.ray_app.messages import Evaluation, EvaluationRequest, Rejected
 from reclora_dist.ray_app.session import Cluster
+from reclora_dist.telemetry.meters import NullMeters
+from reclora_dist.telemetry.names import Metric
 
 OURS = Cluster("127.0.0.1:1", "", (), started=True)
 JOINED = Cluster("127.0.0.1:1", "", (), started=False)
@@ -122,3 +129,67 @@ def test_a_check_does_not_wait_forever_for_a_free_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(check, "START_PATIENCE_S", 0.0)
     with pytest.raises(RuntimeError, match=r"evaluation has waited 0 s for a free CPU .*serve\.gpus.*"):
         check._evaluate("http://service")
+
+
+class Gauges(NullMeters):
+    def __init__(self) -> None:
+        self.gauges: set[str] = set()
+
+    def set(self, metric: Metric, value: float, /, **labels: str) -> None:
+        super().set(metric, value, **labels)
+        self.gauges.add(metric.name)
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, answer: Any, **request: Any) -> tuple[Evaluation, set[str]]:
+    """How an evaluation ends whose process answers, or raises, ``answer``; and the gauges that it sets."""
+
+    async def ready() -> None:
+        return None
+
+    async def evaluate(*_: Any) -> Any:
+        if isinstance(answer, RayError):
+            raise answer
+        return answer
+
+    run = SimpleNamespace(ready=SimpleNamespace(remote=ready), evaluate=SimpleNamespace(remote=evaluate))
+    monkeypatch.setattr(service.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda: run))
+    meters = Gauges()
+    monkeypatch.setattr(service, "RayMeters", lambda: meters)
+
+    async def follow() -> Evaluation:
+        evaluator = service.Evaluator("/adapter", EVALUATE, 0)
+        started = await evaluator.start(EvaluationRequest(split="test", **request))
+        assert isinstance(started, Evaluation)
+        await asyncio.gather(*evaluator.tasks)
+        found = await evaluator.find(started.id)
+        assert found is not None
+        return found
+
+    return asyncio.run(follow()), meters.gauges
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RayTaskError("evaluate", "in s3://bucket/run", ContractError("s3://bucket/run has no manifest.json")),
+            "the evaluation failed: the service's log says why",
+        ),
+        (
+            RayActorError(None, "actor 4f2a on node 10.0.0.7 died"),
+            "the evaluation's process was lost: the service's log says why",
+        ),
+    ],
+)
+def test_a_client_is_told_no_internals_of_a_failure_and_the_log_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: RayError, words: str
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        failed, _ = evaluated(monkeypatch, error)
+    assert (failed.status, failed.error) == ("failed", words)
+    assert "s3://bucket" in caplog.text or "10.0.0.7" in caplog.text
+
+
+def test_metrics_that_the_samples_do_not_allow_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed, _ = evaluated(monkeypatch, Rejected("all 1 labels are 1: AUC is undefined"))
+    assert (failed.status, failed.error) == ("failed", "all 1 labels are 1: AUC is undefined")
