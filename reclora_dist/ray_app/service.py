@@ -215,14 +215,17 @@ class Evaluator:
         seconds = round(time.perf_counter() - start, 3)
         done = {"samples": result.samples, "seconds": seconds, "metrics": dict(result.metrics)}
         self._update(identifier, status="done", **done)
-        self._publish(request.split, result)
+        self._publish(request, result)
 
     def _update(self, identifier: str, **changes: Any) -> None:
         self.found[identifier] = self.found[identifier].model_copy(update=changes)
 
-    def _publish(self, split: str, result: _Result) -> None:
+    def _publish(self, request: EvaluationRequest, result: _Result) -> None:
         """Set the gauges here and not in the evaluation's own process, which ends before they are scraped."""
+        split = request.split
         self.meters.add(names.EVALUATION_SAMPLES, result.samples, model=result.model, split=split)
+        if request.limit is not None:
+            return  # the gauges, and the alerts on them, are the whole split's
         for name, interval in result.metrics.items():
             if interval.mean is not None:
                 self.meters.set(names.EVALUATION_METRIC, interval.mean, model=result.model, split=split, metric=name)

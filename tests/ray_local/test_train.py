@@ -126,7 +126,7 @@ def served(cluster: Cluster, trained: Path) -> Iterator[None]:
     adapter = str(trained / "adapters" / "reclora")
     with service.running(adapter, ServeConfig(port=0), EvaluateConfig(bootstrap=5), cluster) as url:
         requests.post(f"{url}/v1/score", json={"user": "u1", "candidates": ["i1", "i2"]}, timeout=60).raise_for_status()
-        requests.post(f"{url}/v1/evaluations", json={"split": "validation", "limit": 50}, timeout=60).raise_for_status()
+        requests.post(f"{url}/v1/evaluations", json={"split": "validation"}, timeout=60).raise_for_status()
         yield
 
 

@@ -16,10 +16,10 @@ from ray.serve.schema import ApplicationStatus
 from reclora_dist.config.schema import Config, EvaluateConfig, ServeConfig
 from reclora_dist.contract.manifest import ContractError
 from reclora_dist.ray_app import check, service
-from reclora_dist.ray_app.messages import Evaluation, EvaluationRequest, Rejected
+from reclora_dist.ray_app.messages import Evaluation, EvaluationRequest, Interval, Rejected
 from reclora_dist.ray_app.session import Cluster
 from reclora_dist.telemetry.meters import NullMeters
-from reclora_dist.telemetry.names import Metric
+from reclora_dist.telemetry.names import EVALUATION_METRIC, Metric
 
 OURS = Cluster("127.0.0.1:1", "", (), started=True)
 JOINED = Cluster("127.0.0.1:1", "", (), started=False)
@@ -193,3 +193,11 @@ def test_a_client_is_told_no_internals_of_a_failure_and_the_log_is(
 def test_metrics_that_the_samples_do_not_allow_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     failed, _ = evaluated(monkeypatch, Rejected("all 1 labels are 1: AUC is undefined"))
     assert (failed.status, failed.error) == ("failed", "all 1 labels are 1: AUC is undefined")
+
+
+def test_an_evaluation_of_some_samples_is_not_published_as_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = service._Result("reclora", 7, {"auc": Interval(mean=0.4, low=0.3, high=0.5)})
+    whole, gauges = evaluated(monkeypatch, result)
+    assert (whole.status, gauges) == ("done", {EVALUATION_METRIC.name})
+    part, gauges = evaluated(monkeypatch, result, limit=7)
+    assert (part.status, gauges) == ("done", set())
