@@ -1,6 +1,7 @@
 """python -m reclora_dist.cli.serve serve.adapter=FOLDER: score over HTTP until Ctrl-C."""
 
 from reclora_dist.cli.compose import command
+from reclora_dist.config.check import check_serve
 from reclora_dist.config.schema import Config
 
 
@@ -11,8 +12,9 @@ def main(config: Config) -> None:
     from reclora_dist.ray_app.service import serve_until_stopped
     from reclora_dist.ray_app.session import connect
 
-    with connect(config.ray):
-        serve_until_stopped(adapter_to_serve(config), config.serve, config.evaluate)
+    check_serve(config.serve)
+    with connect(config.ray) as cluster:
+        serve_until_stopped(adapter_to_serve(config), config.serve, config.evaluate, cluster)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from reclora_dist.config.schema import (
     FinderConfig,
     LoraConfig,
     RayConfig,
+    ServeConfig,
     StudyConfig,
     SynthesiseConfig,
     TrainConfig,
@@ -64,6 +65,7 @@ def check_config(config: Config) -> None:
     check_training(config)
     check_engine(config.engine, config.backbone.dtype)
     check_finder(config.finder, config.adapters)
+    check_serve(config.serve)
 
 
 def _check_name(name: str) -> None:
@@ -308,6 +310,22 @@ def check_ray(ray: RayConfig) -> None:
         )
     if ray.min_workers > ray.workers:
         raise ValueError(f"ray.min_workers {ray.min_workers} is above ray.workers {ray.workers}, which is the maximum")
+
+
+def check_serve(config: ServeConfig) -> None:
+    """Refuse a service that cannot start or that refuses every request.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    least = {"replicas": 1, "threads": 1, "max_batch": 1, "max_candidates": 1}
+    least |= {"max_history": 0, "batch_wait_ms": 0, "gpus": 0}
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value < bound:
+            raise ValueError(f"serve.{name} {value} must be at least {bound}")
+    if not 0 <= config.port <= 65535:
+        raise ValueError(f"serve.port {config.port} is no port; give 1 to 65535, or 0 for any free one")
 
 
 def check_study(study: StudyConfig) -> None:

@@ -27,6 +27,9 @@ TOLERANCE = 1e-4
 EXPORT_PATIENCE_S = 40.0
 """Ray exports every 10 s."""
 
+START_PATIENCE_S = 600.0
+"""Seconds that an evaluation may wait for its process; how long it then runs depends on the model."""
+
 
 def adapter_to_serve(config: Config) -> str:
     """Folder of the adapter that the service takes: the configured one, else the first that ``compare`` names."""
@@ -45,13 +48,13 @@ def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
         expected: names of the series that have to be found.
 
     Raises:
-        RuntimeError: an answer differs from the evaluation's score, or a metric is missing.
+        RuntimeError: an answer differs from the evaluation's score, a metric is missing, or no evaluation starts.
+        ValueError: the service cannot be started, see ``service.running``.
     """
-    url = service.run(adapter_to_serve(config), config.serve, config.evaluate)
-    print(f"service: {url} (API: {url}/docs)", flush=True)
-    answers = {"healthz": _call(f"{url}/healthz"), "score": _score(config, url), "evaluation": _evaluate(url)}
-    missing = scraper.missing(expected, EXPORT_PATIENCE_S)
-    service.shutdown()
+    with service.running(adapter_to_serve(config), config.serve, config.evaluate, scraper.cluster) as url:
+        print(f"service: {url} (API: {url}/docs)", flush=True)
+        answers = {"healthz": _call(f"{url}/healthz"), "score": _score(config, url), "evaluation": _evaluate(url)}
+        missing = scraper.missing(expected, EXPORT_PATIENCE_S)
     print(f"metrics: {len(expected) - len(missing)} of {len(expected)} series found by a scrape", flush=True)
     if missing:
         raise RuntimeError(f"no scrape of the cluster found {', '.join(missing)}")
@@ -98,7 +101,13 @@ def _name(table: pa.Table, key: str, position: int, column: str) -> str:
 
 def _evaluate(url: str) -> Mapping[str, Any]:
     job = _call(f"{url}/v1/evaluations", {"split": "validation", "limit": EVALUATED})
+    deadline = time.monotonic() + START_PATIENCE_S
     while job["status"] in ("pending", "running"):
+        if job["status"] == "pending" and time.monotonic() > deadline:
+            raise RuntimeError(
+                f"the service's evaluation has waited {START_PATIENCE_S:g} s for a free CPU (and serve.gpus GPUs) on "
+                "the cluster: give it more, or lower serve.replicas or serve.threads"
+            )
         time.sleep(0.5)
         job = _call(f"{url}/v1/evaluations/{job['id']}")
     if job["status"] != "done":

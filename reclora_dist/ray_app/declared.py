@@ -6,6 +6,7 @@ from typing import Any
 
 from ray import serve
 
+from reclora_dist.config.check import check_serve
 from reclora_dist.config.load import ConfigError, build
 from reclora_dist.config.schema import EvaluateConfig, Section, ServeConfig
 from reclora_dist.contract.manifest import read_manifest
@@ -28,10 +29,12 @@ def build_application(args: Mapping[str, Any]) -> serve.Application:
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or no adapter.
         ContractError: there is no adapter at the path.
+        ValueError: a setting of ``serve`` cannot work.
     """
     arguments = build(Arguments, args)
     adapter = arguments.serve.adapter
     if not adapter:
         raise ConfigError("config serve.adapter = '': name the adapter folder to serve")
+    check_serve(arguments.serve)
     read_manifest(Folder(adapter), ADAPTER)
     return application(adapter, arguments.serve, arguments.evaluate)

@@ -3,13 +3,26 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Split = Literal["validation", "test"]
 Status = Literal["pending", "running", "done", "failed"]
 
 Time = Annotated[int, Field(ge=-(2**53), le=2**53)]
 """Milliseconds since the epoch that every JSON reader keeps exact, and every table holds."""
+
+MAX_TEXT = 1000
+"""Characters of an id, or of a name or value in a profile, at most: errors quote them."""
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+def _short_names(profile: dict[str, Text]) -> dict[str, Text]:
+    """Checked as a whole: the place of an error would quote a long name in full."""
+    longest = max(map(len, profile), default=0)
+    if longest > MAX_TEXT:
+        raise ValueError(f"a field's name has {longest} characters, at most {MAX_TEXT} are taken")
+    return profile
 
 
 class Message(BaseModel):
@@ -21,7 +34,7 @@ class Message(BaseModel):
 class Event(Message):
     """One event of an explicit history."""
 
-    item: Annotated[str, Field(description="item id as in the log")]
+    item: Annotated[Text, Field(description="item id as in the log")]
     rating: Annotated[float, Field(description="a rating on the log's scale")]
     time: Annotated[
         Time | None, Field(description="milliseconds since the epoch; left out in all events, their order counts")
@@ -45,15 +58,19 @@ class ScoreRequest(Message):
     )
 
     user: Annotated[
-        str | None, Field(description="id of a user of the log, hashed if the log's are; or send history")
+        Text | None, Field(description="id of a user of the log, hashed if the log's are; or send history")
     ] = None
     history: Annotated[list[Event] | None, Field(description="what the user did, oldest first; or send user")] = None
-    candidates: Annotated[list[str], Field(description="item ids to score")]
+    candidates: Annotated[list[Text], Field(description="item ids to score")]
     time: Annotated[
         Time | None,
         Field(description="score as of this moment (milliseconds since the epoch): later events are not seen"),
     ] = None
-    profile: Annotated[dict[str, str], Field(description="user fields by name, instead of the log's")] = {}
+    profile: Annotated[
+        dict[str, Text],
+        AfterValidator(_short_names),
+        Field(description="user fields by name, instead of the log's"),
+    ] = {}
 
 
 class ItemScore(Message):
@@ -90,7 +107,9 @@ class EvaluationRequest(Message):
     model_config = ConfigDict(json_schema_extra={"examples": [{"split": "validation", "limit": 500}]})
 
     split: Annotated[Split, Field(description="which held-out samples")]
-    limit: Annotated[int | None, Field(ge=1, description="score only this many samples, the first of the split")] = None
+    limit: Annotated[
+        int | None, Field(ge=1, le=2**53, description="score only this many samples, the first of the split")
+    ] = None
 
 
 class Interval(Message):

@@ -20,7 +20,7 @@ class Scraper:
 
     def __init__(self, cluster: Cluster) -> None:
         self.found: set[str] = set()
-        self._cluster = cluster
+        self.cluster = cluster
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True, name="scraper")
 
@@ -41,7 +41,7 @@ class Scraper:
 
     def _poll(self) -> None:
         while not self._stop.wait(INTERVAL_S):
-            self.found |= scrape(self._cluster)
+            self.found |= scrape(self.cluster)
 
 
 def series_of(*rooms: str) -> set[str]:

@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ from reclora_dist.ray_app.messages import (
     ScoreResponse,
 )
 from reclora_dist.ray_app.meters import RayMeters
-from reclora_dist.ray_app.session import reserved_device
+from reclora_dist.ray_app.session import Cluster, reserved_device
 from reclora_dist.telemetry import names
 
 APPLICATION = "reclora"
@@ -58,6 +59,10 @@ MAX_KEPT = 1000
 
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _REQUEST_TIMEOUT_S = 120.0
+_FAILED = "the evaluation failed: the service's log says why"
+_LOST = "the evaluation's process was lost: the service's log says why"
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -130,8 +135,8 @@ class _EvaluationRun:
     def ready(self) -> None:
         """Return as soon as the process runs."""
 
-    def evaluate(self, adapter: str, request: EvaluationRequest, config: EvaluateConfig) -> "_Result":
-        """Score the samples of a split."""
+    def evaluate(self, adapter: str, request: EvaluationRequest, config: EvaluateConfig) -> "_Result | Rejected":
+        """Score the samples of a split; refused where their metrics are undefined."""
         from reclora_dist.evaluate.metrics import binary_metrics
         from reclora_dist.evaluate.scorer import Scorer, check_reference, referenced
 
@@ -141,7 +146,11 @@ class _EvaluationRun:
         manifest = read_manifest(shards, SHARDS)
         check_reference(scorer.config, "shards", manifest)
         rows = read_parts(shards, manifest.select(f"text/split={request.split}/")).slice(0, request.limit)
-        metrics = binary_metrics(rows["label"].to_numpy(), scorer.score(rows), rows["user"].to_numpy(), config)
+        labels, users, scores = rows["label"].to_numpy(), rows["user"].to_numpy(), scorer.score(rows)
+        try:
+            metrics = binary_metrics(labels, scores, users, config)
+        except ValueError as error:  # it speaks of labels and scores, and of no path
+            return Rejected(str(error))
         return _Result(scorer.name, rows.num_rows, {name: _finite(interval) for name, interval in metrics.items()})
 
 
@@ -194,23 +203,29 @@ class Evaluator:
         try:
             await run.ready.remote()
             self._update(identifier, status="running")
-            result: _Result = await run.evaluate.remote(self.adapter, request, self.config)
-        except RayTaskError as error:
-            self._update(identifier, status="failed", error=str(error.cause))
-        except RayError as error:
-            self._update(identifier, status="failed", error=f"the evaluation's process was lost: {error}")
-        else:
-            seconds = round(time.perf_counter() - start, 3)
-            done = {"samples": result.samples, "seconds": seconds, "metrics": dict(result.metrics)}
-            self._update(identifier, status="done", **done)
-            self._publish(request.split, result)
+            result: _Result | Rejected = await run.evaluate.remote(self.adapter, request, self.config)
+        except RayError as error:  # its text has paths, addresses and ids: it is for the log, not for a client
+            log.exception("evaluation %s failed", identifier)
+            failure = _FAILED if isinstance(error, RayTaskError) else _LOST
+            self._update(identifier, status="failed", error=failure)
+            return
+        if isinstance(result, Rejected):
+            self._update(identifier, status="failed", error=result.detail)
+            return
+        seconds = round(time.perf_counter() - start, 3)
+        done = {"samples": result.samples, "seconds": seconds, "metrics": dict(result.metrics)}
+        self._update(identifier, status="done", **done)
+        self._publish(request, result)
 
     def _update(self, identifier: str, **changes: Any) -> None:
         self.found[identifier] = self.found[identifier].model_copy(update=changes)
 
-    def _publish(self, split: str, result: _Result) -> None:
+    def _publish(self, request: EvaluationRequest, result: _Result) -> None:
         """Set the gauges here and not in the evaluation's own process, which ends before they are scraped."""
+        split = request.split
         self.meters.add(names.EVALUATION_SAMPLES, result.samples, model=result.model, split=split)
+        if request.limit is not None:
+            return  # the gauges, and the alerts on them, are the whole split's
         for name, interval in result.metrics.items():
             if interval.mean is not None:
                 self.meters.set(names.EVALUATION_METRIC, interval.mean, model=result.model, split=split, metric=name)
@@ -281,53 +296,118 @@ def _deployment(kind: type, **options: Any) -> serve.Deployment:
     return serve.deployment(name=name, logging_config=_QUIET, graceful_shutdown_wait_loop_s=0.5, **options)(kind)
 
 
-def run(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> str:
-    """Serve an adapter on the connected cluster; return when it is ready to score.
+@contextmanager
+def running(adapter: str, config: ServeConfig, evaluate: EvaluateConfig, cluster: Cluster) -> Iterator[str]:
+    """Serve an adapter on the connected cluster while the block runs; enter it when the service is ready to score.
+
+    A block that fails, and a start that fails or is interrupted, leave no application behind. Ray Serve itself stays
+    for other applications and ends with the cluster.
 
     Args:
         adapter: path or URI of the adapter folder.
-        config: with port 0 a free port is taken. Where Ray Serve runs already, its host and port stay.
+        config: with port 0 a free port is taken, or the one that Ray Serve has, where it runs already.
+        cluster: the connected one. If it was started here, it has to have room for the replicas and an evaluation.
 
-    Returns:
-        The service's base URL. It serves until ``shutdown`` or the end of the cluster.
+    Yields:
+        The service's base URL.
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use.
+        ValueError: the port is in use, Ray Serve listens elsewhere already, the cluster has such a service already, or
+            it is too small.
     """
     folder = Folder(adapter).absolute()
     read_manifest(folder, ADAPTER)
+    if cluster.started:  # a joined one may grow
+        check_room(config, ray.cluster_resources())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _disconnect()  # Ray Serve remembers a controller by job id, which is the same in every cluster's first driver
     if _client() is None:
         _start_serve(config.host, config.port or _free_port(config.host))
-    serve.run(application(folder.uri, config, evaluate), name=APPLICATION, route_prefix="/")
-    return _address()
+    _require_address(config)
+    _require_absent()
+    try:
+        serve.run(application(folder.uri, config, evaluate), name=APPLICATION, route_prefix="/")
+        yield _address()
+    finally:
+        serve.delete(APPLICATION)
 
 
-def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateConfig) -> None:
+def serve_until_stopped(adapter: str, config: ServeConfig, evaluate: EvaluateConfig, cluster: Cluster) -> None:
     """Serve an adapter on the connected cluster until Ctrl-C or SIGTERM; call it from the main thread.
 
     Raises:
         ContractError: there is no adapter at the path.
-        ValueError: the port is in use.
+        ValueError: the port is in use, Ray Serve listens elsewhere already, the cluster has such a service already, or
+            it is too small.
     """
-    stop = threading.Event()
-    url = run(adapter, config, evaluate)
-    earlier = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _signals_interrupt(), suppress(KeyboardInterrupt), running(adapter, config, evaluate, cluster) as url:
         print(f"serving {adapter} at {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
-        stop.wait()
-        print("stopping", flush=True)
-        shutdown()
+        try:
+            threading.Event().wait()
+        finally:
+            print("stopping", flush=True)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """In the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt; later ones must not disturb the end."""
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
-def shutdown() -> None:
-    """End the service. Ray Serve itself stays for other applications and ends with the cluster."""
-    serve.delete(APPLICATION)
+def check_room(config: ServeConfig, found: Mapping[str, float]) -> None:
+    """Refuse a service that would wait forever for CPUs or GPUs: its replicas hold some, an evaluation needs more.
+
+    Args:
+        found: the cluster's resources by Ray's names.
+
+    Raises:
+        ValueError: names the settings and the remedy.
+    """
+    needs = (("CPU", "threads", config.threads, 1.0), ("GPU", "gpus", config.gpus, config.gpus))
+    for kind, name, each, evaluation in needs:
+        wanted, there = config.replicas * each + evaluation, found.get(kind, 0)
+        if wanted > there:
+            raise ValueError(
+                f"serve.replicas {config.replicas} x serve.{name} {each:g} and {evaluation:g} for an evaluation ask "
+                f"for {wanted:g} {kind}s, and Ray finds {there:g} on this machine: lower one of them, or name a "
+                "cluster in ray.address"
+            )
+
+
+def _require_address(config: ServeConfig) -> None:
+    """Refuse another address than the one that Ray Serve listens on: it can have been started with another one only."""
+    options = _client().http_config
+    if options.host != config.host or config.port not in (0, options.port):
+        raise ValueError(
+            f"Ray Serve listens on {options.host}:{options.port} already, serve.host and serve.port ask for "
+            f"{config.host}:{config.port}: set them to that address (port 0 takes any), take another cluster, or end "
+            "Ray Serve there (serve shutdown)"
+        )
+
+
+def _require_absent() -> None:
+    """Refuse to replace a service of another process, which would then end with this one."""
+    found = serve.status().applications.get(APPLICATION)
+    if found is not None:
+        raise ValueError(
+            f"application {APPLICATION!r} is on this cluster already ({found.status.value}): stop that service, take "
+            "another cluster, or let the pipeline check none (serve.check=false); if its process is gone, "
+            f"serve.delete({APPLICATION!r}) of Ray Serve ends it"
+        )
 
 
 def _start_serve(host: str, port: int) -> None:

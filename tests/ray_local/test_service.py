@@ -24,7 +24,7 @@ from reclora_dist.data.features import FeatureStore
 from reclora_dist.evaluate.metrics import binary_metrics
 from reclora_dist.evaluate.scorer import Scorer
 from reclora_dist.ray_app import service
-from reclora_dist.ray_app.session import connect
+from reclora_dist.ray_app.session import Cluster, connect
 from reclora_dist.train import stages
 from reclora_dist.train.context import Context
 
@@ -49,15 +49,16 @@ def adapter(run: Path) -> Folder:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with connect(RayConfig()):
-        yield
+def cluster() -> Iterator[Cluster]:
+    with connect(RayConfig()) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
-def url(adapter: Folder, cluster: None) -> Iterator[str]:
-    yield service.run(adapter.uri, ServeConfig(port=0, max_batch=8, batch_wait_ms=20, max_candidates=50), EVALUATE)
-    service.shutdown()
+def url(adapter: Folder, cluster: Cluster) -> Iterator[str]:
+    config = ServeConfig(port=0, max_batch=8, batch_wait_ms=20, max_candidates=50)
+    with service.running(adapter.uri, config, EVALUATE, cluster) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +80,28 @@ def found(response: requests.Response) -> list[float]:
     return [entry["score"] for entry in response.json()["scores"]]
 
 
-def test_a_taken_port_and_a_path_without_adapter_are_refused(cluster: None, adapter: Folder, tmp_path: Path) -> None:
+def test_a_taken_port_and_a_path_without_adapter_are_refused(cluster: Cluster, adapter: Folder, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 cannot be taken .*: set serve.port to another"):
-            service.run(adapter.uri, ServeConfig(port=port), EVALUATE)
-    with pytest.raises(ContractError, match=r"has no manifest\.json"):
-        service.run(str(tmp_path), ServeConfig(port=0), EVALUATE)
+        start(
+            cluster,
+            adapter.uri,
+            ServeConfig(port=port),
+            f"port {port} of 127.0.0.1 cannot be taken .*: set serve.port to another",
+        )
+    start(cluster, str(tmp_path), ServeConfig(port=0), r"has no manifest\.json", ContractError)
+
+
+def start(cluster: Cluster, adapter: str, config: ServeConfig, words: str, kind: type[Exception] = ValueError) -> None:
+    """Start a service that is refused with ``words``."""
+    with pytest.raises(kind, match=words), service.running(adapter, config, EVALUATE, cluster):
+        pass
+
+
+def test_a_second_service_is_refused_and_the_first_goes_on(url: str, cluster: Cluster, adapter: Folder) -> None:
+    start(cluster, adapter.uri, ServeConfig(host="0.0.0.0", port=0), r"Ray Serve listens on 127\.0\.0\.1:\d+ already")
+    start(cluster, adapter.uri, ServeConfig(port=0), r"application 'reclora' is on this cluster already \(RUNNING\)")
+    assert requests.get(f"{url}/healthz", timeout=60).status_code == 200
 
 
 def test_scores_are_the_librarys_in_the_order_asked(url: str, store: FeatureStore, scorer: Scorer) -> None:
@@ -196,7 +212,7 @@ def test_health_and_openapi_page(url: str) -> None:
     assert requests.get(f"{url}/docs", timeout=60).status_code == 200
 
 
-def test_the_cluster_asks_for_a_token_that_no_file_holds(cluster: None) -> None:
+def test_the_cluster_asks_for_a_token_that_no_file_holds(cluster: Cluster) -> None:
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert len(os.environ["RAY_AUTH_TOKEN"]) >= 32
     with connect(RayConfig()) as joined:
@@ -208,7 +224,7 @@ def test_the_cluster_asks_for_a_token_that_no_file_holds(cluster: None) -> None:
     assert ray.is_initialized(), "leaving a joined cluster does not end it"
 
 
-def test_a_process_that_joins_by_address_leaves_the_cluster_running(cluster: None) -> None:
+def test_a_process_that_joins_by_address_leaves_the_cluster_running(cluster: Cluster) -> None:
     code = (
         "from reclora_dist.config.schema import RayConfig\n"
         "from reclora_dist.ray_app.session import connect\n"

@@ -121,13 +121,13 @@ def trained(cluster: Cluster, prometheus: str, prepared: Path, tmp_path_factory:
 
 
 @pytest.fixture
-def served(trained: Path) -> Iterator[None]:
+def served(cluster: Cluster, trained: Path) -> Iterator[None]:
     """Serve the adapter, score once and evaluate."""
-    url = service.run(str(trained / "adapters" / "reclora"), ServeConfig(port=0), EvaluateConfig(bootstrap=5))
-    requests.post(f"{url}/v1/score", json={"user": "u1", "candidates": ["i1", "i2"]}, timeout=60).raise_for_status()
-    requests.post(f"{url}/v1/evaluations", json={"split": "validation", "limit": 50}, timeout=60).raise_for_status()
-    yield
-    service.shutdown()
+    adapter = str(trained / "adapters" / "reclora")
+    with service.running(adapter, ServeConfig(port=0), EvaluateConfig(bootstrap=5), cluster) as url:
+        requests.post(f"{url}/v1/score", json={"user": "u1", "candidates": ["i1", "i2"]}, timeout=60).raise_for_status()
+        requests.post(f"{url}/v1/evaluations", json={"split": "validation"}, timeout=60).raise_for_status()
+        yield
 
 
 @pytest.fixture

@@ -105,6 +105,26 @@ MALFORMED = {
         {"history": [{"item": "a", "rating": 1, "time": -(2**63)}], "candidates": ["a"]},
         "body.history.0.time: Input should be greater than or equal to -9007199254740992",
     ),
+    "a long user": (
+        {"user": "u" * 1001, "candidates": ["a"]},
+        "body.user: String should have at most 1000 characters, found 'uuu",
+    ),
+    "a long candidate": (
+        {"user": "u", "candidates": ["a", "b" * 1001]},
+        "body.candidates.1: String should have at most 1000 characters, found 'bbb",
+    ),
+    "a long item": (
+        {"history": [{"item": "a" * 1001, "rating": 1}], "candidates": ["a"]},
+        "body.history.0.item: String should have at most 1000 characters, found 'aaa",
+    ),
+    "a long profile value": (
+        {"user": "u", "candidates": ["a"], "profile": {"gender": "F" * 1001}},
+        "body.profile.gender: String should have at most 1000 characters, found 'FFF",
+    ),
+    "a long profile key": (
+        {"user": "u", "candidates": ["a"], "profile": {"g" * 100_000: "F"}},
+        "body.profile: Value error, a field's name has 100000 characters, at most 1000 are taken, found {'ggg",
+    ),
     "too many candidates": ({"user": "u", "candidates": ["a"] * 4}, "4 candidates, this service takes at most 3"),
     "long history": (
         {"history": [{"item": "a", "rating": 1}] * 3, "candidates": ["a"]},
@@ -119,6 +139,7 @@ def test_a_malformed_request_gets_one_sentence(client: TestClient, case: str) ->
     answer = client.post("/v1/score", json=body)
     assert answer.status_code == 422
     assert answer.json()["detail"].startswith(words)
+    assert len(answer.json()["detail"]) < 400
 
 
 def test_a_body_that_is_no_json_is_refused_and_not_echoed_in_full(client: TestClient) -> None:
@@ -144,6 +165,9 @@ def test_evaluations_are_accepted_found_and_limited(client: TestClient) -> None:
     assert client.post("/v1/evaluations", json={"split": "test", "limit": 1}).status_code == 429
     wrong = client.post("/v1/evaluations", json={"split": "train"})
     assert wrong.json()["detail"].startswith("body.split: Input should be 'validation' or 'test', found 'train'")
+    beyond = client.post("/v1/evaluations", json={"split": "test", "limit": 10**30})
+    assert beyond.status_code == 422
+    assert beyond.json()["detail"].startswith("body.limit: Input should be less than or equal to 9007199254740992")
 
 
 def test_a_request_that_ray_serve_gives_up_is_counted_and_timed(meters: CountingMeters) -> None:

@@ -167,6 +167,13 @@ def test_every_problem_is_a_line() -> None:
         ),
         (["+adapters={a/b: {experts: 2}}"], "adapters: 'a/b' cannot name an adapter; take letters, digits"),
         (["ray.min_workers=3"], "ray.min_workers 3 is above ray.workers 2"),
+        (["serve.replicas=0"], "serve.replicas 0 must be at least 1"),
+        (["serve.threads=0"], "serve.threads 0 must be at least 1"),
+        (["serve.max_batch=0"], "serve.max_batch 0 must be at least 1"),
+        (["serve.max_candidates=0"], "serve.max_candidates 0 must be at least 1"),
+        (["serve.batch_wait_ms=-1"], "serve.batch_wait_ms -1.0 must be at least 0"),
+        (["serve.gpus=-1"], "serve.gpus -1.0 must be at least 0"),
+        (["serve.port=99999"], "serve.port 99999 is no port; give 1 to 65535, or 0 for any free one"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_any_work(settings: list[str], words: str) -> None:
