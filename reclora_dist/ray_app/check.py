@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reclora_dist.config.run import folder, manifest
+from reclora_dist.config.run import RunFailed, folder, manifest
 from reclora_dist.config.schema import Config
 from reclora_dist.config.targets import service_target
 from reclora_dist.contract.manifest import add_file
@@ -48,7 +48,7 @@ def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
         expected: names of the series that have to be found.
 
     Raises:
-        RuntimeError: an answer differs from the evaluation's score, a metric is missing, or no evaluation starts.
+        RunFailed: an answer differs from the evaluation's score, a metric is missing, or no evaluation starts.
         ValueError: the service cannot be started, see ``service.running``.
     """
     with service.running(adapter_to_serve(config), config.serve, config.evaluate, scraper.cluster) as url:
@@ -57,7 +57,7 @@ def check_service(config: Config, scraper: Scraper, expected: set[str]) -> None:
         missing = scraper.missing(expected, EXPORT_PATIENCE_S)
     print(f"metrics: {len(expected) - len(missing)} of {len(expected)} series found by a scrape", flush=True)
     if missing:
-        raise RuntimeError(f"no scrape of the cluster found {', '.join(missing)}")
+        raise RunFailed(f"no scrape of the cluster found {', '.join(missing)}")
     target = service_target(config)
     target.commit([add_file(target.folder, ANSWERS, json.dumps(answers, indent=1).encode())])
 
@@ -91,7 +91,7 @@ def _compare(config: Config, score: float, sample: int) -> None:
     table = read_parts(folder(config, "evaluation"), entries)
     expected = table["score"].to_numpy()[np.flatnonzero(table["sample_id"].to_numpy() == sample)[0]]
     if abs(score - expected) > TOLERANCE:
-        raise RuntimeError(f"sample {sample}: the service says {score:.6f}, the evaluation {expected:.6f}")
+        raise RunFailed(f"sample {sample}: the service says {score:.6f}, the evaluation {expected:.6f}")
 
 
 def _name(table: pa.Table, key: str, position: int, column: str) -> str:
@@ -104,14 +104,14 @@ def _evaluate(url: str) -> Mapping[str, Any]:
     deadline = time.monotonic() + START_PATIENCE_S
     while job["status"] in ("pending", "running"):
         if job["status"] == "pending" and time.monotonic() > deadline:
-            raise RuntimeError(
+            raise RunFailed(
                 f"the service's evaluation has waited {START_PATIENCE_S:g} s for a free CPU (and serve.gpus GPUs) on "
                 "the cluster: give it more, or lower serve.replicas or serve.threads"
             )
         time.sleep(0.5)
         job = _call(f"{url}/v1/evaluations/{job['id']}")
     if job["status"] != "done":
-        raise RuntimeError(f"the service's evaluation ended as {job['status']}: {job}")
+        raise RunFailed(f"the service's evaluation ended as {job['status']}: {job}")
     auc = job["metrics"]["auc"]["mean"]
     print(f"service: evaluation of {EVALUATED} validation samples: AUC {auc:.4f}", flush=True)
     return dict(job)
@@ -124,4 +124,4 @@ def _call(url: str, body: Mapping[str, Any] | None = None) -> Any:
         with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{url}: HTTP {error.code}: {error.read().decode()}") from error
+        raise RunFailed(f"{url}: HTTP {error.code}: {error.read().decode()}") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from reclora_dist.config.check import OTHER_MODELS, check_config, check_raw, shuffled_names
 from reclora_dist.config.load import ConfigError
+from reclora_dist.config.redact import redacted_text
 from reclora_dist.config.schema import Config, PathsConfig, StudyConfig
 from reclora_dist.contract.manifest import Manifest, commit, digest, is_current, read_manifest
 from reclora_dist.contract.schema import EVALUATION, STUDY_RUN
@@ -68,7 +69,12 @@ class Run:
 
     def finish(self, seconds: float) -> None:
         """Write the manifest that says so."""
-        facts = {"point": self.point.name, "seed": self.seed, "arguments": self.arguments, "seconds": round(seconds, 1)}
+        facts = {
+            "point": self.point.name,
+            "seed": self.seed,
+            "arguments": [redacted_text(argument) for argument in self.arguments],
+            "seconds": round(seconds, 1),
+        }
         record = Manifest(STUDY_RUN.name, STUDY_RUN.version, self.config_digest, self._made, (), facts)
         commit(self.folder.child("finished"), record)
 
