@@ -121,7 +121,7 @@ def _refusal(status: int, detail: str) -> JSONResponse:
 async def _malformed(request: Request, error: Exception) -> Response:
     """One sentence for a body that does not have the request's form."""
     first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    place = ".".join(str(part) for part in first.get("loc", ()))
+    place = ".".join(str(part) for part in first.get("loc", ()))[:_SHOWN]  # an unknown key may be long
     found = repr(first.get("input"))
     shown = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…"
     return _refusal(422, f"{place}: {first.get('msg', error)}, found {shown}; /docs shows the form of a request")
