@@ -99,5 +99,6 @@ def test_rows_are_stored_a_second_time_only_for_shuffled_controls(
     config = dataclasses.replace(small_config(prepared), ray=RayConfig(workers=1))
     for settings, tables in ((EvaluateConfig(), 1), (EvaluateConfig(shuffled=True), 2)):
         stored.clear()
-        evaluate._score(dataclasses.replace(config, evaluate=settings), evaluate.split_rows(config, "test"), "test")
+        rows = evaluate.split_rows(config, "test")
+        evaluate._score(dataclasses.replace(config, evaluate=settings), rows, "test", 0.5)
         assert len(stored) == tables

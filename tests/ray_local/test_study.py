@@ -59,7 +59,8 @@ def test_a_study_shares_stages_survives_a_failing_run_and_goes_on_later(home: Pa
     models = ("running_averages", "crm", "lora", "one")
     assert set(found) >= {(point, model) for point in ("first", "second") for model in models}
     assert found["first", "lora"] == found["second", "lora"]
-    evaluated = json.loads((home / "first/seed-0/evaluation/metrics.json").read_text())
+    (metrics,) = (home / "first/seed-0/evaluation").glob("metrics-*.json")
+    evaluated = json.loads(metrics.read_text())
     assert found["first", "one"] == evaluated["splits"]["test"]["one"]["auc"]["mean"]
     page = (home / "results.md").read_text()
     assert "* broken seed 0: error: " in page
