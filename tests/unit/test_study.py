@@ -20,12 +20,13 @@ from reclora_dist.cli.compose import CONFIGS, load
 from reclora_dist.config.check import check_study
 from reclora_dist.config.load import ConfigError, build, override
 from reclora_dist.config.schema import Config, StudyConfig, SynthesiseConfig
-from reclora_dist.config.targets import backbone_target, crm_target
+from reclora_dist.config.targets import Target, backbone_target, crm_target
 from reclora_dist.contract.manifest import Manifest, add_digested, add_file, commit, digest, read_manifest
 from reclora_dist.contract.parts import write_part
-from reclora_dist.contract.schema import BACKBONE, CRM, EVALUATION, EVENTS, RAW, SHARDS, predictions
+from reclora_dist.contract.schema import ADAPTER, BACKBONE, CRM, EVALUATION, EVENTS, RAW, SHARDS, predictions
 from reclora_dist.contract.storage import Folder
 from reclora_dist.evaluate.metrics import Interval, paired_difference
+from reclora_dist.ray_app import pipeline, reuse
 from reclora_dist.ray_app.reuse import reuse_stages
 from reclora_dist.ray_app.study import _error_line, startable
 from reclora_dist.studies import grid, report, results
@@ -378,6 +379,27 @@ def test_what_the_run_measured_of_a_stage_before_it_was_linked_is_forgotten(tmp_
     home.write("timings.json", json.dumps({"seconds": {"synthesise": 9.0, "events": 5.0}}).encode())
     assert reuse_stages(two, [one.paths.run]) == ["synthesise"]
     assert json.loads(home.read("timings.json"))["seconds"] == {"events": 5.0}
+
+
+def test_a_linked_adapter_has_no_card_of_the_one_before_it(tmp_path: Path) -> None:
+    donor, place = Folder(str(tmp_path / "donor")), Folder(str(tmp_path / "own"))
+    write_dataset(donor, ADAPTER, "its settings", {}, b"weights")
+    place.write("README.md", b"of another adapter")
+    assert not reuse._link(donor, Target(place, ADAPTER, "settings that it had before", {}))
+    assert reuse._link(donor, Target(place, ADAPTER, "its settings", {}))
+    assert place.exists("part.bin") and not place.exists("README.md")
+
+
+def test_a_run_forgets_what_it_measured_of_stages_and_models_that_are_gone(tmp_path: Path) -> None:
+    config = compose([f"paths.run={tmp_path}"])
+    state = {
+        "seconds": {"crm": 1.0, "workers": 2.0, "adapter lora": 3.0, "adapter gone": 4.0},
+        "samples_per_s": {"crm": 5.0, "gone": 6.0},
+    }
+    Folder(str(tmp_path)).write("timings.json", json.dumps(state).encode())
+    found = pipeline._read_state(Folder(str(tmp_path)), config)
+    assert found["seconds"] == {"crm": 1.0, "workers": 2.0, "adapter lora": 3.0}
+    assert found["samples_per_s"] == {"crm": 5.0}
 
 
 def test_a_crm_is_shared_by_runs_that_differ_in_their_text_samples(tmp_path: Path) -> None:
