@@ -21,11 +21,12 @@ from reclora_dist.config.schema import (
 )
 
 OTHER_MODELS = ("crm", "running_averages")
+"""Names of what is evaluated beside the adapters."""
+
 SUMMARY = ("training", "seconds", "peak_memory_mib")
 """What stands beside the models in ``summary.json``."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-"""Names of what is evaluated beside the adapters."""
 
 
 def check_raw(config: Config) -> None:

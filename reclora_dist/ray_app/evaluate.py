@@ -25,7 +25,7 @@ from reclora_dist.contract.manifest import FileEntry, add_digested, digested, ve
 from reclora_dist.contract.parts import read_parts, write_part
 from reclora_dist.contract.schema import CRM, EVALUATION, EVENTS, SHARDS, STATISTICS, VECTORS, candidates, predictions
 from reclora_dist.contract.storage import Folder
-from reclora_dist.crm.build import load_crm
+from reclora_dist.crm.build import Crm, load_crm
 from reclora_dist.data.collate import CRM_COLUMNS, TEXT_COLUMNS, crm_batch, matrix
 from reclora_dist.data.features import FeatureStore
 from reclora_dist.evaluate.baselines import running_averages
@@ -132,7 +132,7 @@ def _score(config: Config, rows: pa.Table, split: str, like_rate: float) -> dict
         adapters[name] = _joined(ray.get(references))
         print(f"evaluation: {name} scored {rows.num_rows:,} {split} rows", flush=True)
     # these two in the end: beside the tasks of the others their rates would say little
-    return {"running_averages": _baseline(config, rows, like_rate), "crm": _crm(config, rows), **adapters}
+    return {"running_averages": _baseline(config, rows, like_rate), "crm": _crm(_load_crm(config), rows), **adapters}
 
 
 def _score_adapter(
@@ -169,11 +169,14 @@ def read_vectors(config: Config) -> npt.NDArray[np.float32]:
     return vectors
 
 
-@torch.inference_mode()
-def _crm(config: Config, rows: pa.Table) -> Scored:
+def _load_crm(config: Config) -> Crm:
     items = manifest(config, "events", EVENTS).select("items/")
     fields = read_parts(folder(config, "events"), items, ("item", "fields"))
-    model = load_crm(folder(config, "crm"), manifest(config, "crm", CRM), fields)
+    return load_crm(folder(config, "crm"), manifest(config, "crm", CRM), fields)
+
+
+@torch.inference_mode()
+def _crm(model: Crm, rows: pa.Table) -> Scored:
     started = time.perf_counter()
     parts = [
         crm_probability(model, crm_batch(rows.slice(start, 4096))).numpy() for start in range(0, rows.num_rows, 4096)
@@ -183,13 +186,12 @@ def _crm(config: Config, rows: pa.Table) -> Scored:
 
 def _crm_on_all_rows(config: Config, split: str, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     """The CRM's metrics on the whole split, of which the text rows are a sample, and on its slices."""
-    kept, scores = [], []
+    model, source, kept, scores = _load_crm(config), folder(config, "shards"), [], []
     for entry in manifest(config, "shards", SHARDS).select(f"crm/split={split}/"):  # a file is what memory must hold
-        part = read_parts(folder(config, "shards"), [entry], CRM_COLUMNS)
-        scores.append(_crm(config, part).scores)
+        part = read_parts(source, [entry], CRM_COLUMNS)
+        scores.append(_crm(model, part).scores)
         kept.append(part.select(("label", "user", "item", "statistics")))
-    rows = pa.concat_tables(kept)
-    found = {"crm": np.concatenate(scores)}
+    rows, found = pa.concat_tables(kept), {"crm": np.concatenate(scores)}
     metrics = binary_metrics(_labels(rows), found["crm"], _users(rows), config.evaluate)
     parts, _ = _slices(config, rows, found, training)
     return {"rows": rows.num_rows, **{key: as_json(value) for key, value in metrics.items()}}, parts

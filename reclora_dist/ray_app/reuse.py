@@ -60,7 +60,7 @@ def reuse_stages(config: Config, siblings: Sequence[str]) -> list[str]:
 def _forget(config: Config, stages: Sequence[str]) -> None:
     """Take away what the run itself once measured of stages that are another run's now."""
     home = Folder(config.paths.run)
-    if home.exists(STATE):
+    if stages and home.exists(STATE):
         state = json.loads(home.read(STATE))
         state["seconds"] = {name: value for name, value in state.get("seconds", {}).items() if name not in stages}
         home.write(STATE, json.dumps(state, indent=1).encode())
